@@ -1,0 +1,150 @@
+//! The command line: what can be asked of `peernix`, and how failures are told (one line on stderr, exit code 1).
+
+mod logging;
+mod serve;
+mod try_out;
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{CommandFactory as _, Parser, Subcommand};
+
+use crate::config::Config;
+use crate::nix::signature::public_key_text;
+use crate::signing::{self, Signer};
+
+/// A binary cache for Nix made of the machines on your LAN.
+///
+/// Without a command it serves. The local Nix asks it with this line in nix.conf:
+/// `extra-substituters = http://127.0.0.1:9999/nix-cache`
+#[derive(Debug, Parser)]
+#[command(name = "peernix", version, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Clone, Debug, clap::Args)]
+struct Common {
+    /// The configuration file [default: /etc/peernix/peernix.toml, if it exists]
+    #[arg(long, value_name = "FILE", env = "PEERNIX_CONFIG", global = true)]
+    config: Option<PathBuf>,
+    /// An address to listen on, in the place of those that http.listen names; may be given several times
+    #[arg(long, value_name = "ADDRESS:PORT", global = true)]
+    listen: Vec<SocketAddr>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve the local store (what `peernix` does without a command)
+    Serve,
+    /// Show that it works here: two throwaway stores, and a real copy from one into the other
+    Try,
+    /// Check the configuration and the keys that it names
+    CheckConfig,
+    /// Make keys
+    #[command(subcommand)]
+    Key(KeyCommand),
+    /// Print the completions of a shell
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page
+    Man,
+}
+
+#[derive(Debug, Subcommand)]
+enum KeyCommand {
+    /// Make a secret key; the public half, for trusted-public-keys in nix.conf, is printed
+    Generate {
+        /// The key's name; Nix trusts one key of a name, so let it be unique
+        name: String,
+        /// The file to write the secret key to; it must not exist yet. Without it the secret goes to stdout and the
+        /// public key to stderr
+        #[arg(long, value_name = "FILE")]
+        to: Option<PathBuf>,
+    },
+}
+
+/// Runs the program with the arguments of this process.
+#[must_use]
+pub fn run() -> ExitCode {
+    let cli = match parse(std::env::args_os()) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too, and go to stdout with 0.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    match dispatch(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(std::io::stderr(), "peernix: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(arguments)
+}
+
+fn dispatch(cli: Cli) -> anyhow::Result<()> {
+    match cli.command.unwrap_or(Command::Serve) {
+        Command::Serve => serve::serve(config(&cli.common)?),
+        Command::Try => try_out::try_out(),
+        Command::CheckConfig => check_config(&cli.common),
+        Command::Key(KeyCommand::Generate { name, to }) => generate_key(&name, to),
+        Command::Completions { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "peernix", &mut std::io::stdout());
+            Ok(())
+        }
+        Command::Man => {
+            clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?;
+            Ok(())
+        }
+    }
+}
+
+fn config(common: &Common) -> anyhow::Result<Config> {
+    let mut config = Config::load(common.config.as_deref())?;
+    if !common.listen.is_empty() {
+        config.http.listen.clone_from(&common.listen);
+    }
+    Ok(config)
+}
+
+fn check_config(common: &Common) -> anyhow::Result<()> {
+    let config = config(common)?;
+    let signer = Signer::read(&config.signing)?;
+    logging::filter(&config.log)?;
+    let mut out = std::io::stdout().lock();
+    writeln!(out, "the configuration is good")?;
+    for key in signer.public_keys() {
+        writeln!(out, "signs as {}", public_key_text(&key))?;
+    }
+    Ok(())
+}
+
+fn generate_key(name: &str, to: Option<PathBuf>) -> anyhow::Result<()> {
+    let key = signing::generate(Some(name))?;
+    let public = public_key_text(&key.public_key());
+    match to {
+        Some(path) => {
+            signing::write_new(&path, &key)?;
+            writeln!(std::io::stdout(), "{public}").context("the public key can't be printed")
+        }
+        None => {
+            writeln!(std::io::stderr(), "{public}")?;
+            writeln!(std::io::stdout(), "{}", key.to_file_text()).context("the key can't be printed")
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! `peernix serve`: the daemon as a process, from its start to the signal that ends it.
+
+use anyhow::Context as _;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+
+use super::logging;
+use crate::config::Config;
+use crate::daemon::Daemon;
+
+pub(super) fn serve(config: Config) -> anyhow::Result<()> {
+    logging::start(&config.log)?;
+    raise_descriptor_limit();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    runtime.context("the runtime can't be started")?.block_on(run(config))
+}
+
+async fn run(config: Config) -> anyhow::Result<()> {
+    let mut terminate = on(SignalKind::terminate())?;
+    let mut interrupt = on(SignalKind::interrupt())?;
+    let daemon = Daemon::start(&config).await?;
+    // Without systemd there is nobody to tell, and that is fine.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let drain_time = config.http.drain_time;
+    tracing::info!(
+        ?drain_time,
+        "stopping; answers in flight may come to their end, a second signal ends them"
+    );
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tokio::select! {
+        () = daemon.shutdown() => tracing::info!("stopped"),
+        _ = terminate.recv() => anyhow::bail!("ended by a second signal"),
+        _ = interrupt.recv() => anyhow::bail!("ended by a second signal"),
+    }
+    Ok(())
+}
+
+fn on(kind: SignalKind) -> anyhow::Result<Signal> {
+    signal(kind).context("signals can't be received")
+}
+
+/// A connection and a file for each client: 1,024 descriptors, the usual default, are soon too few.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::debug!(%error, "the limit of descriptors stays as it is");
+    }
+}

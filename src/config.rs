@@ -1,0 +1,245 @@
+//! The configuration: one TOML file, every key optional, all of it checked before anything starts.
+//!
+//! Each part of the daemon documents its own options; this module puts them together and turns what is wrong into one
+//! line that names the file, the line and the key.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::{http, signing, store};
+
+/// Where the configuration lies if nobody says otherwise and the file exists.
+pub const DEFAULT_FILE: &str = "/etc/peernix/peernix.toml";
+/// The largest configuration that is read, in bytes.
+const MAX_FILE: u64 = 1024 * 1024;
+
+/// The whole configuration.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// `[http]`
+    pub http: http::Options,
+    /// `[limits]`
+    pub limits: http::Limits,
+    /// `[store]`
+    pub store: store::Options,
+    /// `[signing]`
+    pub signing: signing::Options,
+    /// `[state]`
+    pub state: State,
+    /// `[log]`
+    pub log: Log,
+}
+
+/// `[state]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct State {
+    /// Where keys and what is to survive a restart are kept. Default: `$STATE_DIRECTORY` (systemd sets it), else
+    /// `$XDG_STATE_HOME/peernix`, else `~/.local/state/peernix`.
+    pub directory: Option<PathBuf>,
+}
+
+/// `[log]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Log {
+    /// `text` or `json`, to stderr. Default: text.
+    pub format: LogFormat,
+    /// What is logged, as tracing-subscriber's filter reads it: `info`, `peernix=debug`. The environment's
+    /// `PEERNIX_LOG` goes before it. Default: info.
+    pub filter: String,
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self { format: LogFormat::default(), filter: "info".to_owned() }
+    }
+}
+
+/// Why there is no configuration to start with.
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("{path}: can't be read: {source}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// Not TOML, an unknown key, a value of the wrong kind.
+    #[error("{path}:{line}: {message}")]
+    Parse {
+        /// Which.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong, and what would be right.
+        message: String,
+    },
+    /// A value out of its range.
+    #[error("{path}: {message}")]
+    Range {
+        /// Which.
+        path: PathBuf,
+        /// The key, and its range.
+        message: String,
+    },
+    /// No place for the state.
+    #[error("there is no place to keep keys in: set state.directory, $STATE_DIRECTORY or $HOME")]
+    NoStateDirectory,
+}
+
+impl Config {
+    /// Reads the named file, or [`DEFAULT_FILE`] if it exists, or nothing: every key has a default.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let (path, required) = file.map_or((Path::new(DEFAULT_FILE), false), |path| (path, true));
+        match read(path) {
+            Ok(text) => Self::parse(&text, path),
+            Err(error) if !required && error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
+        }
+    }
+
+    /// Reads and checks a configuration; `path` is only for what is said of errors.
+    pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text).map_err(|error| {
+            let at = error.span().map_or(0, |span| span.start).min(text.len());
+            let before = text.as_bytes().get(..at).unwrap_or_default();
+            let line = before.iter().filter(|&&byte| byte == b'\n').count() + 1;
+            let message = error.message().replace('\n', " ");
+            ConfigError::Parse { path: path.to_owned(), line, message }
+        })?;
+        let checks = [config.http.check(), config.limits.check(), config.store.check()];
+        match checks.into_iter().find_map(Result::err) {
+            Some(message) => Err(ConfigError::Range { path: path.to_owned(), message }),
+            None => Ok(config),
+        }
+    }
+}
+
+impl State {
+    /// The folder for state. It need not exist yet.
+    pub fn directory(&self) -> Result<PathBuf, ConfigError> {
+        let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
+        let systemd = || {
+            // systemd separates several folders by colons; ours is the first.
+            let value = variable("STATE_DIRECTORY")?.into_string().ok()?;
+            value.split(':').next().map(PathBuf::from)
+        };
+        let xdg = || Some(PathBuf::from(variable("XDG_STATE_HOME")?).join("peernix"));
+        let home = || Some(PathBuf::from(variable("HOME")?).join(".local/state/peernix"));
+        let found = self.directory.clone().or_else(systemd).or_else(xdg).or_else(home);
+        found.ok_or(ConfigError::NoStateDirectory)
+    }
+}
+
+fn read(path: &Path) -> std::io::Result<String> {
+    use std::io::Read as _;
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(MAX_FILE).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn complaint(text: &str) -> String {
+        Config::parse(text, Path::new("peernix.toml")).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn what_is_wrong_is_told_in_one_line_with_file_line_and_key() {
+        let unknown = complaint("[http]\npriority = 1\n\nprioritty = 2\n");
+        assert!(unknown.starts_with("peernix.toml:4: unknown field `prioritty`"), "{unknown}");
+        let unknown = complaint("[htttp]\n");
+        assert!(unknown.starts_with("peernix.toml:1: unknown field `htttp`"), "{unknown}");
+        let kind = complaint("[store]\nlease = 5\n");
+        assert!(kind.starts_with("peernix.toml:2: "), "{kind}");
+        let range = complaint("[store]\nlease = \"1ms\"\n");
+        assert_eq!(range, "peernix.toml: store.lease: has to be 1s to 1day");
+        for text in ["[http", "a = ", "[limits]\nheader_size = \"x\"", "[http]\nallow = [\"10.0.0.0/99\"]"] {
+            assert!(!complaint(text).contains('\n'), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_shipped_file_shows_every_key_with_its_default() {
+        let text = include_str!("../config/peernix.toml");
+        Config::parse(text, Path::new("config/peernix.toml")).unwrap();
+        // With the comments taken away it is the default configuration.
+        let lines = text.lines().map(|line| {
+            let key = line.strip_prefix("# ").filter(|rest| {
+                rest.split_once(" = ")
+                    .is_some_and(|(key, _)| key.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
+            });
+            format!("{}\n", key.unwrap_or(line))
+        });
+        let all: String = lines.collect();
+        let table: toml::Table = toml::from_str(&all).unwrap();
+        let config = Config::parse(&all, Path::new("all")).unwrap();
+        let shown = format!("{config:?}");
+        let keys: Vec<&String> = table.values().filter_map(|v| v.as_table()).flat_map(|t| t.keys()).collect();
+        // Keys without a default that could be written down stand there with an example instead.
+        let examples = ["root", "directory", "keys"];
+        for key in [
+            "listen",
+            "allow",
+            "priority",
+            "drain_time",
+            "connections",
+            "header_size",
+            "idle_time",
+            "lease",
+            "leases",
+            "nix_store",
+            "query_timeout",
+            "remember",
+            "log_size",
+            "format",
+            "filter",
+            "want_mass_query",
+            "connections_per_address",
+            "header_time",
+            "requests_per_second",
+            "root",
+            "directory",
+            "keys",
+        ] {
+            assert!(keys.iter().any(|k| *k == key), "{key} is not in config/peernix.toml");
+            assert!(shown.contains(&format!("{key}: ")), "{key} is no option");
+        }
+        let mut without = config;
+        without.store.root = None;
+        without.state.directory = None;
+        without.signing.keys.clear();
+        assert_eq!(format!("{without:?}"), format!("{:?}", Config::default()));
+        assert_eq!(keys.len(), 19 + examples.len());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_is_a_configuration_or_an_error(text: String, value in "[ -~\n]{0,60}") {
+            let _ = Config::parse(&text, Path::new("x"));
+            for key in ["[http]\nlisten", "[http]\nallow", "[store]\nlease", "[limits]\nheader_size", "[log]\nformat"] {
+                let _ = Config::parse(&format!("{key} = {value}"), Path::new("x"));
+            }
+        }
+    }
+}

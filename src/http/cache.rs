@@ -1,0 +1,112 @@
+//! The files of the binary cache: nix-cache-info, narinfo, NAR, listing, log.
+
+use axum::body::Body;
+use bytes::Bytes;
+use hyper::header::{
+    ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE,
+};
+use hyper::{Method, Response, StatusCode};
+
+use super::Options;
+use super::answer::{Refused, found};
+use super::nar_body::NarBody;
+use super::range::{self, Wanted};
+use crate::metrics::{HttpMetrics, Route};
+use crate::nix::cache_info::CacheInfo;
+use crate::nix::cache_url::{CacheUrl, NarUrl};
+use crate::resolve::Resolver;
+
+const NARINFO: &str = "text/x-nix-narinfo";
+
+/// Answers for the files of the cache.
+#[derive(Clone, Debug)]
+pub(super) struct CacheFiles {
+    resolver: Resolver,
+    cache_info: Bytes,
+    metrics: HttpMetrics,
+}
+
+/// The route that a URL counts under.
+pub(super) fn route(url: &CacheUrl) -> Route {
+    match url {
+        CacheUrl::CacheInfo => Route::CacheInfo,
+        CacheUrl::NarInfo(_) => Route::Narinfo,
+        CacheUrl::Nar(_) => Route::Nar,
+        CacheUrl::Listing(_) => Route::Listing,
+        CacheUrl::Log(_) => Route::Log,
+    }
+}
+
+impl CacheFiles {
+    pub(super) fn new(resolver: Resolver, options: &Options, metrics: HttpMetrics) -> Self {
+        let cache_info = CacheInfo {
+            store_dir: resolver.store().store_dir().as_str().to_owned(),
+            want_mass_query: options.want_mass_query,
+            priority: options.priority,
+        };
+        Self { resolver, cache_info: cache_info.to_text().into(), metrics }
+    }
+
+    /// The answer, if it can be had without waiting: the way of nearly every request for a narinfo.
+    pub(super) fn at_once(&self, url: &CacheUrl) -> Option<Response<Body>> {
+        match url {
+            CacheUrl::CacheInfo => Some(found("text/x-nix-cache-info", self.cache_info.clone())),
+            CacheUrl::NarInfo(hash) => Some(found(NARINFO, self.resolver.narinfo_at_once(hash)?)),
+            CacheUrl::Nar(_) | CacheUrl::Listing(_) | CacheUrl::Log(_) => None,
+        }
+    }
+
+    pub(super) async fn answer(
+        &self,
+        method: &Method,
+        url: &CacheUrl,
+        headers: &HeaderMap,
+    ) -> Result<Response<Body>, Refused> {
+        let (kind, body) = match url {
+            CacheUrl::CacheInfo => ("text/x-nix-cache-info", Some(self.cache_info.clone())),
+            CacheUrl::NarInfo(hash) => (NARINFO, self.resolver.narinfo(hash).await?),
+            CacheUrl::Nar(url) => return self.nar(method, url, headers).await,
+            CacheUrl::Listing(hash) => ("application/json", self.resolver.listing(hash).await?),
+            CacheUrl::Log(path) => ("text/plain; charset=utf-8", self.resolver.log(path).await?),
+        };
+        body.map(|body| found(kind, body)).ok_or(Refused::NotFound)
+    }
+
+    async fn nar(
+        &self,
+        method: &Method,
+        url: &NarUrl,
+        headers: &HeaderMap,
+    ) -> Result<Response<Body>, Refused> {
+        let nar = self.resolver.nar(url).await?.ok_or(Refused::NotFound)?;
+        let (len, tag) = (nar.info().nar_size, format!("\"{}\"", nar.info().nar_hash.to_base32()));
+        let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+        // A range of another NAR than the one the client began with would be of no use to it.
+        let same = text(IF_RANGE).is_none_or(|wanted| wanted == tag);
+        let (status, range) = match range::parse(text(RANGE).filter(|_| same), len) {
+            Wanted::All => (StatusCode::OK, 0..len),
+            Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
+            Wanted::Unsatisfiable => return Err(Refused::Range(len)),
+        };
+        let body = if method == Method::HEAD {
+            Body::empty()
+        } else {
+            let stream = nar.stream(range.clone()).await?;
+            Body::new(NarBody::new(stream, nar.info().store_path.clone(), self.metrics.clone()))
+        };
+        let mut answer = Response::new(body);
+        *answer.status_mut() = status;
+        let headers = answer.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-nix-nar"));
+        headers.insert(CONTENT_LENGTH, (range.end - range.start).into());
+        headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+        if let Ok(tag) = HeaderValue::from_str(&tag) {
+            headers.insert(ETAG, tag);
+        }
+        let place = format!("bytes {}-{}/{len}", range.start, range.end.saturating_sub(1));
+        if let (StatusCode::PARTIAL_CONTENT, Ok(place)) = (status, HeaderValue::from_str(&place)) {
+            headers.insert(CONTENT_RANGE, place);
+        }
+        Ok(answer)
+    }
+}

@@ -1,0 +1,18 @@
+//! HTTP: connections, limits, routes, and errors to statuses.
+//!
+//! Knows what a binary cache looks like from outside and nothing of how a path is found. The invariants: on loopback
+//! every failure is a fast 404, every wait has a bound, and a body that breaks cuts its connection.
+
+mod activity;
+mod answer;
+mod app;
+mod cache;
+mod counted_body;
+mod gate;
+mod nar_body;
+mod options;
+mod range;
+mod server;
+
+pub use options::{Limits, Options};
+pub use server::{BindError, Listeners, Server};

@@ -1,0 +1,56 @@
+//! A NAR as the body of an answer. A failure midway cuts the connection: the length was announced, and the client sees
+//! that bytes are missing.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use futures_util::Stream as _;
+use http_body::{Body, Frame, SizeHint};
+
+use crate::metrics::HttpMetrics;
+use crate::nix::StorePath;
+use crate::resolve::{NarReadError, NarStream};
+
+#[derive(Debug)]
+pub(super) struct NarBody {
+    stream: NarStream,
+    path: StorePath,
+    metrics: HttpMetrics,
+    span: tracing::Span,
+}
+
+impl NarBody {
+    pub(super) fn new(stream: NarStream, path: StorePath, metrics: HttpMetrics) -> Self {
+        Self { stream, path, metrics, span: tracing::Span::current() }
+    }
+}
+
+impl Body for NarBody {
+    type Data = Bytes;
+    type Error = NarReadError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, NarReadError>>> {
+        match ready!(Pin::new(&mut self.stream).poll_next(context)) {
+            None => Poll::Ready(None),
+            Some(Ok(chunk)) => Poll::Ready(Some(Ok(Frame::data(chunk)))),
+            Some(Err(error)) => {
+                self.metrics.nar_cuts.inc();
+                let _entered = self.span.enter();
+                tracing::warn!(store_path = %self.path, %error, "a NAR was cut short; the client was told by a closed connection");
+                Poll::Ready(Some(Err(error)))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.stream.remaining() == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        SizeHint::with_exact(self.stream.remaining())
+    }
+}

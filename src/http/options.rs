@@ -1,0 +1,122 @@
+//! `[http]` and `[limits]`: what can be set about serving.
+
+use std::net::SocketAddr;
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use ipnet::IpNet;
+use serde::Deserialize;
+
+/// `[http]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Addresses to listen on. Default: port 9999 on all, IPv6 and IPv4.
+    pub listen: Vec<SocketAddr>,
+    /// Networks that are answered; others get 403. Default: loopback, private, unique-local, link-local, 100.64.0.0/10.
+    pub allow: Vec<IpNet>,
+    /// What nix-cache-info says of the order of caches: the lower, the earlier. Default 30; cache.nixos.org has 40.
+    pub priority: u32,
+    /// Whether nix-cache-info invites clients to ask for many paths at once. Default true.
+    pub want_mass_query: bool,
+    /// How long answers in flight may go on after the daemon was asked to stop. 0s to 1h; default 30s.
+    #[serde(with = "humantime_serde")]
+    pub drain_time: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        let networks = [
+            "127.0.0.0/8",
+            "::1/128",
+            "10.0.0.0/8",
+            "172.16.0.0/12",
+            "192.168.0.0/16",
+            "fc00::/7",
+            "169.254.0.0/16",
+            "fe80::/10",
+            "100.64.0.0/10",
+        ];
+        Self {
+            listen: vec![SocketAddr::from(([0u16; 8], 9999))],
+            allow: networks.iter().filter_map(|network| network.parse().ok()).collect(),
+            priority: 30,
+            want_mass_query: true,
+            drain_time: Duration::from_secs(30),
+        }
+    }
+}
+
+impl Options {
+    /// What is out of range, as `key: why`.
+    pub fn check(&self) -> Result<(), String> {
+        if self.listen.is_empty() {
+            return Err("http.listen: has to name one address at least".to_owned());
+        }
+        if self.drain_time > Duration::from_secs(3600) {
+            return Err("http.drain_time: has to be 0s to 1h".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// `[limits]`
+#[derive(Clone, Debug, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Limits {
+    /// Connections that may be open. Loopback has as many of its own, so that no LAN can crowd out the local Nix. 1 to
+    /// 1,000,000; default 1,024.
+    pub connections: usize,
+    /// Connections from one address; loopback exempt. 1 to 1,000,000; default 128 (Nix opens 25).
+    pub connections_per_address: usize,
+    /// Longest request line and headers. 1 KiB to 256 KiB; default 16 KiB.
+    pub header_size: ByteSize,
+    /// How long a request's headers may take to arrive, from their first byte on. 100ms to 10min; default 10s.
+    #[serde(with = "humantime_serde")]
+    pub header_time: Duration,
+    /// How long a connection may stand still: no request, or a client that does not read its answer. 100ms to 1h;
+    /// default 60s.
+    #[serde(with = "humantime_serde")]
+    pub idle_time: Duration,
+    /// Requests a second from one address, twice that in a burst; loopback exempt. More get 429. Default 5,000;
+    /// 0 is no limit.
+    pub requests_per_second: u32,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 1024,
+            connections_per_address: 128,
+            header_size: ByteSize::kib(16),
+            header_time: Duration::from_secs(10),
+            idle_time: Duration::from_secs(60),
+            requests_per_second: 5000,
+        }
+    }
+}
+
+impl Limits {
+    /// What is out of range, as `key: why`.
+    pub fn check(&self) -> Result<(), String> {
+        let range = |key: &str, good: bool, range: &str| {
+            if good { Ok(()) } else { Err(format!("limits.{key}: has to be {range}")) }
+        };
+        let connections = 1..=1_000_000;
+        range("connections", connections.contains(&self.connections), "1 to 1000000")?;
+        let per_address = connections.contains(&self.connections_per_address);
+        range("connections_per_address", per_address, "1 to 1000000")?;
+        let header_size = (ByteSize::kib(1)..=ByteSize::kib(256)).contains(&self.header_size);
+        range("header_size", header_size, "1 KiB to 256 KiB")?;
+        let shortest = Duration::from_millis(100);
+        let header_time = (shortest..=Duration::from_secs(600)).contains(&self.header_time);
+        range("header_time", header_time, "100ms to 10min")?;
+        let idle_time = (shortest..=Duration::from_secs(3600)).contains(&self.idle_time);
+        range("idle_time", idle_time, "100ms to 1h")
+    }
+
+    pub(super) fn rate(&self) -> Option<NonZeroU32> {
+        NonZeroU32::new(self.requests_per_second)
+    }
+}

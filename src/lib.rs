@@ -1,0 +1,58 @@
+//! # peernix: the map for the next engineer
+//!
+//! A daemon on every Nix host of a LAN. The local Nix asks it as a substituter; it serves the host's own store, and is
+//! to find on the LAN what is not here. The README is for its users; this page is for whoever changes it.
+//!
+//! ## Invariants
+//! 1. **Never worse than without it.** On loopback every failure is a fast 404: no 5xx, no hang, no broken narinfo.
+//!    The daemon starts whatever is missing.
+//! 2. **A served narinfo keeps its promise.** The path is leased (a temporary garbage-collector root) before it is
+//!    asked for validity, and stays leased for `store.lease` after the last request for it.
+//! 3. **A body never ends early as if it were complete.** A NAR whose length is not NarSize is refused before its first
+//!    byte; a file that is missing, short or changed cuts the connection.
+//! 4. **Everything is bounded**: memory, queues, sockets, waits. The bounds are options or named constants.
+//! 5. **Nothing that arrives over the network can panic.** It is parsed once, at the door, into a type.
+//!
+//! ## Layers: imports point down only (`tests/tidy.rs` checks it)
+//! | module | one idea | may import |
+//! | --- | --- | --- |
+//! | [`nix`] | formats, pure: hashes, narinfo, signatures, keys, URLs, NAR layout, the messages of `nix-store --serve` | nothing |
+//! | [`metrics`] | every counter | nothing |
+//! | [`store`] | the local store: names in the directory, `nix-store` processes, leases, NAR bytes from disk | nix, metrics |
+//! | [`signing`] | our own keys and what they sign | nix |
+//! | [`resolve`] | the decision who answers | nix, store, signing |
+//! | [`http`] | connections, limits, routes, errors to statuses | nix, metrics, resolve |
+//! | [`config`] | the file with all options | the `Options` of http, signing, store |
+//! | [`daemon`] | wiring, start, ordered shutdown | all above |
+//! | [`cli`] | commands | all above |
+//!
+//! ## The way of a narinfo request
+//! `http::server` accepts, `http::gate` lets in, `http::app` parses the URL ([`nix::cache_url`]). A path that was asked
+//! for before is answered at once: `store::known` compares the path's stamp (device, inode, change time; one `lstat`)
+//! and its lease's generation, and the narinfo was signed and printed the first time. Otherwise `store::names` has the
+//! name for the hash part, `store::leases` leases and asks in one batch with whoever else waits, and
+//! [`resolve`] adds our signatures behind the stored ones.
+//!
+//! ## The way of a NAR request
+//! The URL has the hash part and NarHash, which is enough days later too. `store::tree` lays the tree out from metadata
+//! ([`nix::layout`]), so length and ranges are known before a file is read; `store::nar_reader` reads the files by that
+//! layout, `store::nar_stream` makes it a stream that holds the lease.
+//!
+//! ## Where we differ from what was planned
+//! - The store counts into [`metrics`] itself, which lies beside the formats at the bottom, instead of handing numbers up.
+//! - The watch on the store directory is read on every miss, under a lock, instead of by a task of its own: an event is in
+//!   the kernel's queue before the change returns to whoever made it, so a path is found from its first moment on.
+//! - A layout keeps metadata and writes the literal bytes on the way; kept whole they would take several times the memory.
+//! - nix-compat, which was asked for, is an empty placeholder on the registry; nix-narinfo and nix-derivation stand
+//!   behind [`nix`] instead.
+#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+pub mod cli;
+pub mod config;
+pub mod daemon;
+pub mod http;
+pub mod metrics;
+pub mod nix;
+pub mod resolve;
+pub mod signing;
+pub mod store;

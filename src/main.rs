@@ -1,0 +1,5 @@
+//! The `peernix` program.
+
+fn main() -> std::process::ExitCode {
+    peernix::cli::run()
+}

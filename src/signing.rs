@@ -1,0 +1,231 @@
+//! Our own keys: read from their files or made at first start, and the signatures that they make.
+//!
+//! Secrets stay in here. Knows nothing of stores or HTTP.
+
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use thiserror::Error;
+
+use crate::nix::secret_key::{SecretKey, SecretKeyError};
+use crate::nix::signature::public_key_text;
+use crate::nix::{PublicKey, Signature};
+
+/// The key file below the state folder that is made at first start.
+const OWN_KEY: &str = "secret-key";
+/// The largest key file that is read, in bytes: a key has about 100.
+const MAX_KEY_FILE: u64 = 4096;
+
+/// `[signing]`
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Secret key files, in Nix's format or the raw one of peernix in Go. Paths are signed with each. Default: none,
+    /// and one is made in the state folder at first start.
+    pub keys: Vec<PathBuf>,
+}
+
+/// Why there is no key to sign with. Each message names the file.
+#[derive(Debug, Error)]
+pub enum SigningError {
+    /// The file can't be read.
+    #[error("the key file {path} can't be read: {source}")]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// What is in it is no key.
+    #[error("the key file {path} holds no secret key: {source}")]
+    Invalid {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: SecretKeyError,
+    },
+    /// Two files hold keys of one name, of which Nix would keep only the first.
+    #[error(
+        "two keys are named {name}, the second one in {path}: Nix trusts one key of a name, so rename one"
+    )]
+    SameName {
+        /// The name.
+        name: String,
+        /// The second file.
+        path: PathBuf,
+    },
+    /// The file can't be written.
+    #[error("the key file {path} can't be written: {source}")]
+    Write {
+        /// Which.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The system has no randomness to give.
+    #[error("the system gives no random bytes: {0}")]
+    Random(String),
+}
+
+/// Signs store paths with each of our keys.
+#[derive(Debug)]
+pub struct Signer {
+    keys: Vec<SecretKey>,
+}
+
+impl Signer {
+    /// Reads the keys that the configuration names, or our own from the state folder, which is made if it is not there.
+    pub fn load(options: &Options, state: &Path) -> Result<Self, SigningError> {
+        if options.keys.is_empty() {
+            let path = state.join(OWN_KEY);
+            if !path.exists() {
+                let key = generate(None)?;
+                tracing::info!(key = key.name(), file = %path.display(), "made a key to sign with");
+                write_new(&path, &key)?;
+            }
+            return Ok(Self { keys: vec![read(&path)?] });
+        }
+        Self::read(options)
+    }
+
+    /// Reads the keys that the configuration names, and makes none.
+    pub fn read(options: &Options) -> Result<Self, SigningError> {
+        let mut keys: Vec<SecretKey> = Vec::new();
+        for path in &options.keys {
+            let key = read(path)?;
+            if keys.iter().any(|other| other.name() == key.name()) {
+                return Err(SigningError::SameName { name: key.name().to_owned(), path: path.clone() });
+            }
+            keys.push(key);
+        }
+        Ok(Self { keys })
+    }
+
+    /// A signature by each key.
+    #[must_use]
+    pub fn sign(&self, fingerprint: &str) -> Vec<Signature> {
+        self.keys.iter().map(|key| key.sign(fingerprint)).collect()
+    }
+
+    /// The public halves.
+    #[must_use]
+    pub fn public_keys(&self) -> Vec<PublicKey> {
+        self.keys.iter().map(SecretKey::public_key).collect()
+    }
+
+    /// The public halves as they stand in nix.conf, separated by spaces.
+    #[must_use]
+    pub fn public_key_line(&self) -> String {
+        let texts: Vec<_> = self.public_keys().iter().map(public_key_text).collect();
+        texts.join(" ")
+    }
+}
+
+/// Makes a key. Without a name it gets `<hostname>-<8 hex digits>`, which no other host has.
+pub fn generate(name: Option<&str>) -> Result<SecretKey, SigningError> {
+    let mut seed = [0; 32];
+    getrandom::fill(&mut seed).map_err(|error| SigningError::Random(error.to_string()))?;
+    let invalid = |source| SigningError::Invalid { path: PathBuf::from("new"), source };
+    match name {
+        Some(name) => SecretKey::from_seed(name, seed).map_err(invalid),
+        None => with_unique_name(SecretKey::from_seed("new", seed).map_err(invalid)?).map_err(invalid),
+    }
+}
+
+/// Writes a key to a file that was not there before, readable by its owner alone.
+pub fn write_new(path: &Path, key: &SecretKey) -> Result<(), SigningError> {
+    let failed = |source| SigningError::Write { path: path.to_owned(), source };
+    let mut options = std::fs::OpenOptions::new();
+    let mut file = options.write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
+    // Nix writes no line end behind a key.
+    let written = file.write_all(key.to_file_text().as_bytes()).and_then(|()| file.sync_all());
+    if let Err(source) = written {
+        // Half a key would be taken for a damaged one at the next start.
+        let _ = std::fs::remove_file(path);
+        return Err(failed(source));
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<SecretKey, SigningError> {
+    let failed = |source| SigningError::Read { path: path.to_owned(), source };
+    let file = std::fs::File::open(path).map_err(failed)?;
+    let mut bytes = Vec::new();
+    std::io::Read::read_to_end(&mut std::io::Read::take(file, MAX_KEY_FILE), &mut bytes).map_err(failed)?;
+    let invalid = |source| SigningError::Invalid { path: path.to_owned(), source };
+    // A key of peernix in Go has 64 bytes and no name; Nix's format is longer and has a colon.
+    if bytes.len() == 64 && !bytes.contains(&b':') || SecretKey::from_raw("raw", &bytes).is_ok() {
+        let key = SecretKey::from_raw("raw", &bytes).and_then(with_unique_name);
+        return key.map_err(invalid);
+    }
+    let text = String::from_utf8(bytes).map_err(|_| invalid(SecretKeyError::MissingName))?;
+    SecretKey::parse(&text).map_err(invalid)
+}
+
+fn with_unique_name(key: SecretKey) -> Result<SecretKey, SecretKeyError> {
+    let system = rustix::system::uname();
+    let host = system.nodename().to_string_lossy();
+    let usable = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '.' | '_');
+    let host: String = host.chars().filter(|&c| usable(c)).collect();
+    let host = if host.is_empty() { "host" } else { &host };
+    let name = format!("{host}-{}", key.short_id());
+    key.renamed(&name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn options(keys: &[&Path]) -> Options {
+        Options { keys: keys.iter().map(|path| path.to_path_buf()).collect() }
+    }
+
+    #[test]
+    fn a_key_is_made_once_and_is_its_owners_alone() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let state = tempfile::tempdir().unwrap();
+        let first = Signer::load(&Options::default(), state.path()).unwrap();
+        let again = Signer::load(&Options::default(), state.path()).unwrap();
+        assert_eq!(first.public_key_line(), again.public_key_line());
+        let mode = state.path().join(OWN_KEY).metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+    }
+
+    #[test]
+    fn two_hosts_never_make_keys_of_one_name() {
+        assert_ne!(generate(None).unwrap().name(), generate(None).unwrap().name());
+    }
+
+    #[test]
+    fn several_keys_sign_and_a_raw_one_is_among_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let (nix, raw) = (folder.path().join("nix"), folder.path().join("raw"));
+        write_new(&nix, &SecretKey::from_seed("cache-1", [1; 32]).unwrap()).unwrap();
+        let key = ed25519_dalek::SigningKey::from_bytes(&[2; 32]);
+        std::fs::write(&raw, key.to_keypair_bytes()).unwrap();
+        let signer = Signer::read(&options(&[&nix, &raw])).unwrap();
+        let signatures = signer.sign("1;text");
+        assert_eq!(signatures.len(), 2);
+        for (signature, key) in signatures.iter().zip(signer.public_keys()) {
+            assert!(signature.verify(b"1;text", &[key]).unwrap());
+        }
+    }
+
+    #[test]
+    fn what_is_no_key_is_told_with_its_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        for text in ["", "no colon", "name:!!!", "name:AAAA", "a b:AAAA"] {
+            std::fs::write(&path, text).unwrap();
+            let error = Signer::read(&options(&[&path])).unwrap_err().to_string();
+            assert!(error.contains(path.to_str().unwrap()), "{error}");
+        }
+        std::fs::remove_file(&path).unwrap();
+        write_new(&path, &SecretKey::from_seed("same", [1; 32]).unwrap()).unwrap();
+        let error = Signer::read(&options(&[&path, &path])).unwrap_err();
+        assert!(matches!(error, SigningError::SameName { .. }), "{error}");
+        assert!(write_new(&path, &SecretKey::from_seed("same", [1; 32]).unwrap()).is_err());
+    }
+}

@@ -1,0 +1,213 @@
+//! The local store: which paths are valid, what is known of them, and the bytes of their NARs.
+//!
+//! Shells out to `nix-store --serve --write`, which lives long and is asked in batches; the bytes come from the disk
+//! itself. Knows nothing of HTTP, peers or our keys. The invariant: what [`Store::path`] returns was leased before it
+//! was found valid, and nothing remembered is believed without a look at the path.
+
+mod build_log;
+mod child;
+mod known;
+mod leases;
+mod names;
+mod nar_reader;
+mod nar_stream;
+mod options;
+mod tree;
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+pub use build_log::LogError;
+pub use child::ChildError;
+pub use known::KnownPath;
+pub use leases::{Lease, StoreState};
+pub use nar_reader::NarReadError;
+pub use nar_stream::NarStream;
+pub use options::Options;
+pub use tree::TreeError;
+
+use self::known::{KnownPaths, Stamp};
+use self::leases::Leases;
+use self::names::Names;
+use self::nar_stream::BufferPool;
+use crate::metrics::StoreMetrics;
+use crate::nix::layout::NarLayout;
+use crate::nix::{StoreDir, StorePath, StorePathHash};
+
+/// Why the store can't answer.
+#[derive(Debug, Error)]
+pub enum StoreError {
+    /// `nix-store` can't be asked.
+    #[error("the local store can't be asked: {0}")]
+    Unavailable(Arc<ChildError>),
+    /// Too many questions wait.
+    #[error("the local store did not answer within {0:?}")]
+    Busy(Duration),
+    /// The daemon shuts down.
+    #[error("the local store is closed")]
+    Closed,
+    /// The path is there, but not as the store's database says: half deleted, or damaged.
+    #[error(
+        "{path} has a NAR of {found} bytes where the store says {expected}: it is being deleted, or damaged"
+    )]
+    WrongSize {
+        /// Where it lies.
+        path: PathBuf,
+        /// NarSize in the database.
+        expected: u64,
+        /// What the tree on disk comes to.
+        found: u64,
+    },
+    /// The tree can't be read.
+    #[error(transparent)]
+    Tree(#[from] TreeError),
+    /// The build log can't be read.
+    #[error(transparent)]
+    Log(#[from] LogError),
+}
+
+/// The store directory can't be read, so that nothing could ever be served from it.
+#[derive(Debug, Error)]
+#[error("the store {directory} can't be read: {source}; run peernix as a user who may, or see store.root")]
+pub struct OpenError {
+    directory: String,
+    source: std::io::Error,
+}
+
+/// A cheap handle on the local store.
+#[derive(Clone, Debug)]
+pub struct Store(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    options: Options,
+    store_dir: StoreDir,
+    names: Arc<Names>,
+    known: KnownPaths,
+    leases: Leases,
+    pool: BufferPool,
+    follower: JoinHandle<()>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.follower.abort();
+    }
+}
+
+impl Store {
+    /// Opens the store, and returns with it the task that owns its processes and ends after the last handle does. No
+    /// Nix on the machine is no error: every answer is "not here" until there is.
+    pub fn open(options: Options, metrics: &StoreMetrics) -> Result<(Self, JoinHandle<()>), OpenError> {
+        let directory = options.directory();
+        match std::fs::read_dir(&directory) {
+            Ok(_) => {}
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                let directory = directory.display();
+                tracing::warn!(%directory, "there is no store here yet; every path is answered with 404 until there is");
+            }
+            Err(source) => {
+                return Err(OpenError { directory: directory.display().to_string(), source });
+            }
+        }
+        let store_dir = StoreDir::default();
+        let names = Arc::new(Names::new(directory, metrics.clone()));
+        let follower = tokio::spawn(Arc::clone(&names).follow());
+        let (leases, task) = Leases::start(options.clone(), store_dir.clone(), metrics.clone());
+        let known = KnownPaths::new(options.remember.as_u64());
+        let pool = BufferPool::default();
+        let inner = Inner { options, store_dir, names, known, leases, pool, follower };
+        Ok((Self(Arc::new(inner)), task))
+    }
+
+    /// The logical store directory, which the paths begin with wherever they really lie.
+    #[must_use]
+    pub fn store_dir(&self) -> &StoreDir {
+        &self.0.store_dir
+    }
+
+    /// How it goes with `nix-store`.
+    #[must_use]
+    pub fn state(&self) -> watch::Receiver<StoreState> {
+        self.0.leases.state()
+    }
+
+    /// What is remembered of a path, at the cost of one `lstat`. `None`: ask [`Store::path`].
+    #[must_use]
+    pub fn remembered(&self, hash: &StorePathHash) -> Option<Arc<KnownPath>> {
+        let known = self.0.known.get(hash)?;
+        (self.0.leases.is_current(&known.lease) && known.is_unchanged()).then_some(known)
+    }
+
+    /// The valid path with this hash part, leased. `None`: not in this store. May be dropped midway.
+    pub async fn path(&self, hash: &StorePathHash) -> Result<Option<Arc<KnownPath>>, StoreError> {
+        if let Some(known) = self.remembered(hash) {
+            return Ok(Some(known));
+        }
+        let found = self.ask(hash).await;
+        if !matches!(found, Ok(Some(_))) {
+            self.0.known.forget(hash);
+        }
+        found
+    }
+
+    async fn ask(&self, hash: &StorePathHash) -> Result<Option<Arc<KnownPath>>, StoreError> {
+        let Some(path) = self.0.names.find(hash).await else { return Ok(None) };
+        let real = self.0.options.directory().join(path.to_basename());
+        let Some((info, _lease, mark)) = self.0.leases.ask(path).await? else { return Ok(None) };
+        // After the lease: what lies there now is what was found valid.
+        let Some(stamp) = Stamp::of(&real) else { return Ok(None) };
+        let known = KnownPath::new(info, real, stamp, mark);
+        if let Some(before) = self.0.known.get(hash) {
+            known.take_over_from(&before);
+        }
+        let known = Arc::new(known);
+        self.0.known.insert(Arc::clone(&known));
+        Ok(Some(known))
+    }
+
+    /// Forgets what is remembered of a path: the next question is answered by the store.
+    pub fn forget(&self, hash: &StorePathHash) {
+        self.0.known.forget(hash);
+    }
+
+    /// The layout of a path's NAR. Its length is NarSize, or it is an error and the path is forgotten.
+    pub async fn layout(&self, known: &KnownPath) -> Result<Arc<NarLayout>, StoreError> {
+        let laid = self.lay_out(known).await;
+        if laid.is_err() {
+            self.forget(&known.info.hash());
+        }
+        laid
+    }
+
+    async fn lay_out(&self, known: &KnownPath) -> Result<Arc<NarLayout>, StoreError> {
+        let real = known.real.clone();
+        let layout = spawn_blocking(move || tree::lay_out(&real));
+        let layout = layout.await.map_err(|_| StoreError::Closed)??;
+        if layout.len() != known.info.nar_size {
+            let (expected, found) = (known.info.nar_size, layout.len());
+            return Err(StoreError::WrongSize { path: known.real.clone(), expected, found });
+        }
+        Ok(Arc::new(layout))
+    }
+
+    /// The bytes of a path's NAR in `range`, which has to lie within NarSize. The path is leased while they stream.
+    pub async fn nar(&self, known: &KnownPath, range: Range<u64>) -> Result<NarStream, StoreError> {
+        let layout = self.layout(known).await?;
+        Ok(NarStream::new(self.clone(), known, layout, range))
+    }
+
+    /// The build log of a derivation, unpacked. `None`: there is none.
+    pub async fn log(&self, derivation: &StorePath) -> Result<Option<Vec<u8>>, StoreError> {
+        let (directory, derivation) = (self.0.options.log_directory(), derivation.clone());
+        let limit_bytes = self.0.options.log_size.as_u64();
+        let read = spawn_blocking(move || build_log::read(&directory, &derivation, limit_bytes));
+        Ok(read.await.map_err(|_| StoreError::Closed)??)
+    }
+}

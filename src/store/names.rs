@@ -1,0 +1,258 @@
+//! The names in the store directory, by hash part.
+//!
+//! A name is no proof that a path is valid, but a path that has no name is not there. The directory is watched, and
+//! before any "not here" the events that wait are taken in: a path is found from the moment in which it appears. Lost
+//! events, or no watch at all, lead to a scan of the directory.
+
+use std::collections::HashMap;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant, SystemTime};
+
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+
+use crate::metrics::StoreMetrics;
+use crate::nix::{StorePath, StorePathHash};
+
+/// Without a watch, a scan is not older than this before it is made again.
+const SCAN_PAUSE: Duration = Duration::from_secs(1);
+/// How often events are taken in when nobody asks: the kernel keeps 16,384 of them.
+const FOLLOW_PERIOD: Duration = Duration::from_secs(1);
+
+/// The names in the store directory.
+#[derive(Debug)]
+pub(super) struct Names {
+    directory: PathBuf,
+    metrics: StoreMetrics,
+    /// A path and its `.lock` share a hash part, so there may be several names; mostly there is one.
+    names: RwLock<HashMap<StorePathHash, Vec<Box<str>>>>,
+    watch: Mutex<Watch>,
+    /// One scan at a time.
+    scanning: tokio::sync::Mutex<()>,
+}
+
+#[derive(Debug, Default)]
+struct Watch {
+    inotify: Option<OwnedFd>,
+    /// The directory has to be read whole: never was, or events were lost.
+    stale: bool,
+    scanned: Option<(Instant, Option<SystemTime>)>,
+}
+
+/// What an event says of a name.
+enum Change {
+    Appeared(StorePath),
+    Disappeared(StorePath),
+}
+
+impl Names {
+    /// Nothing is read yet: the first question, or [`Names::follow`], does.
+    pub(super) fn new(directory: PathBuf, metrics: StoreMetrics) -> Self {
+        let watch = Mutex::new(Watch { stale: true, ..Watch::default() });
+        let (names, scanning) = (RwLock::default(), tokio::sync::Mutex::default());
+        Self { directory, metrics, names, watch, scanning }
+    }
+
+    /// The store path with this hash part, if the directory has such a name.
+    pub(super) async fn find(self: &Arc<Self>, hash: &StorePathHash) -> Option<StorePath> {
+        if let Some(path) = self.get(hash) {
+            return Some(path);
+        }
+        if self.take_in_events() {
+            self.scan().await;
+        }
+        self.get(hash)
+    }
+
+    /// Takes in events once a second, so that few are lost while nobody asks. Ends when dropped.
+    pub(super) async fn follow(self: Arc<Self>) {
+        let mut ticks = tokio::time::interval(FOLLOW_PERIOD);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        for tick in 0u64.. {
+            ticks.tick().await;
+            // Once a minute the directory's own time too: some file systems change without events.
+            if self.take_in_events() || (tick % 60 == 59 && self.changed_unseen()) {
+                self.scan().await;
+            }
+        }
+    }
+
+    fn get(&self, hash: &StorePathHash) -> Option<StorePath> {
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        // The shortest is the path; the longer ones are its lock and its like.
+        let name = names.get(hash)?.iter().min_by_key(|name| name.len())?;
+        StorePath::from_basename(format!("{hash}-{name}").as_bytes()).ok()
+    }
+
+    fn watch(&self) -> MutexGuard<'_, Watch> {
+        self.watch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads the events that wait. True: the directory has to be scanned.
+    fn take_in_events(&self) -> bool {
+        let mut watch = self.watch();
+        let Some(inotify) = watch.inotify.as_ref() else {
+            let pause = watch.scanned.is_some_and(|(at, _)| at.elapsed() < SCAN_PAUSE);
+            return watch.stale || (!pause && self.is_newer_than(watch.scanned));
+        };
+        let events = waiting_events(inotify);
+        if events.any {
+            // What has been told by events is no reason for a scan.
+            let modified = modified(&self.directory);
+            watch.scanned = watch.scanned.map(|(at, _)| (at, modified));
+        }
+        // Still under the lock of the watch: two readers must not swap the order of their events.
+        self.apply(events.changes);
+        if events.lost {
+            watch.inotify = None;
+            watch.stale = true;
+        }
+        watch.stale
+    }
+
+    fn apply(&self, changes: Vec<Change>) {
+        if changes.is_empty() {
+            return;
+        }
+        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        for change in changes {
+            match change {
+                Change::Appeared(path) => insert(&mut names, &path),
+                Change::Disappeared(path) => {
+                    let hash = StorePathHash::of(&path);
+                    if let Some(there) = names.get_mut(&hash) {
+                        there.retain(|name| **name != *path.name());
+                        if there.is_empty() {
+                            names.remove(&hash);
+                        }
+                    }
+                }
+            }
+        }
+        self.metrics.names.set(names.len() as i64);
+    }
+
+    /// Reads the directory whole, once however many ask at the same time.
+    async fn scan(self: &Arc<Self>) {
+        let _one = self.scanning.lock().await;
+        {
+            let watch = self.watch();
+            if !watch.stale && !self.is_newer_than(watch.scanned) {
+                return;
+            }
+        }
+        let names = Arc::clone(self);
+        // Panics are the only way in which it fails, and there are none to be had.
+        let _ = tokio::task::spawn_blocking(move || names.scan_now()).await;
+    }
+
+    fn scan_now(&self) {
+        // The watch comes first: what changes while the directory is read waits as an event.
+        let inotify = watch_directory(&self.directory)
+            .inspect_err(|error| {
+                let directory = self.directory.display();
+                tracing::debug!(%directory, %error, "no watch on the store: it is scanned instead");
+            })
+            .ok();
+        let modified = modified(&self.directory);
+        let mut fresh = HashMap::new();
+        // A store that can't be read has no names; that it can't was said at start.
+        for entry in std::fs::read_dir(&self.directory).into_iter().flatten().flatten() {
+            if let Some(path) = entry.file_name().to_str().and_then(basename) {
+                insert(&mut fresh, &path);
+            }
+        }
+        let mut watch = self.watch();
+        self.metrics.scans.inc();
+        self.metrics.names.set(fresh.len() as i64);
+        *self.names.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        *watch = Watch { inotify, stale: false, scanned: Some((Instant::now(), modified)) };
+    }
+
+    /// Whether the directory changed and no event said so.
+    fn changed_unseen(&self) -> bool {
+        !self.take_in_events() && self.is_newer_than(self.watch().scanned)
+    }
+
+    fn is_newer_than(&self, scanned: Option<(Instant, Option<SystemTime>)>) -> bool {
+        scanned.is_none_or(|(_, before)| modified(&self.directory) != before)
+    }
+}
+
+/// The events that waited.
+#[derive(Default)]
+struct Events {
+    changes: Vec<Change>,
+    /// Whether there were any, also such as say nothing of a path.
+    any: bool,
+    /// Whether some were lost, or the directory itself went away.
+    lost: bool,
+}
+
+fn waiting_events(inotify: &OwnedFd) -> Events {
+    let gone = ReadFlags::QUEUE_OVERFLOW
+        | ReadFlags::IGNORED
+        | ReadFlags::DELETE_SELF
+        | ReadFlags::MOVE_SELF
+        | ReadFlags::UNMOUNT;
+    let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
+    let mut reader = inotify::Reader::new(inotify, &mut buffer);
+    let mut events = Events::default();
+    loop {
+        match reader.next() {
+            Ok(event) => {
+                events.any = true;
+                events.lost |= event.events().intersects(gone);
+                events.changes.extend(change(event.events(), event.file_name()));
+            }
+            Err(rustix::io::Errno::WOULDBLOCK) => return events,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(_) => {
+                events.lost = true;
+                return events;
+            }
+        }
+    }
+}
+
+fn insert(names: &mut HashMap<StorePathHash, Vec<Box<str>>>, path: &StorePath) {
+    let there = names.entry(StorePathHash::of(path)).or_insert_with(|| Vec::with_capacity(1));
+    if !there.iter().any(|name| **name == *path.name()) {
+        there.push(path.name().into());
+    }
+}
+
+fn change(events: ReadFlags, name: Option<&std::ffi::CStr>) -> Option<Change> {
+    let path = basename(name?.to_str().ok()?)?;
+    if events.intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO) {
+        Some(Change::Appeared(path))
+    } else if events.intersects(ReadFlags::DELETE | ReadFlags::MOVED_FROM) {
+        Some(Change::Disappeared(path))
+    } else {
+        None
+    }
+}
+
+/// `.links`, temporary files and the like are no store paths.
+fn basename(name: &str) -> Option<StorePath> {
+    StorePath::from_basename(name.as_bytes()).ok()
+}
+
+fn modified(directory: &Path) -> Option<SystemTime> {
+    std::fs::metadata(directory).and_then(|meta| meta.modified()).ok()
+}
+
+fn watch_directory(directory: &Path) -> rustix::io::Result<OwnedFd> {
+    let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+    let what = WatchFlags::CREATE
+        | WatchFlags::MOVED_TO
+        | WatchFlags::DELETE
+        | WatchFlags::MOVED_FROM
+        | WatchFlags::DELETE_SELF
+        | WatchFlags::MOVE_SELF
+        | WatchFlags::ONLYDIR;
+    inotify::add_watch(&inotify, directory, what)?;
+    Ok(inotify)
+}

@@ -1,0 +1,247 @@
+//! The bytes of a NAR, or of a range of it, from the files of its tree. Blocking, and a chunk at a time.
+//!
+//! The layout says what belongs where; each file has to be what it was when it was laid out. What is missing, short or
+//! changed is an error, and never an early end.
+
+use std::ffi::OsStr;
+use std::io::IoSliceMut;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::{Errno, ReadWriteFlags};
+use thiserror::Error;
+
+use super::tree::file_meta;
+use crate::nix::layout::{Cursor, FileMeta, NarLayout, Step};
+
+/// Why a NAR can't be read to its end.
+#[derive(Debug, Error)]
+pub enum NarReadError {
+    /// The system refuses; a path that is being deleted shows as missing here.
+    #[error("{path}: {source}")]
+    Io {
+        /// What was read.
+        path: PathBuf,
+        /// What the system says.
+        source: Errno,
+    },
+    /// Not the file any more that was laid out.
+    #[error("{0}: the file changed while its path was served")]
+    Changed(PathBuf),
+    /// The layout came to its end before the range did.
+    #[error("{0}: the NAR is shorter than it was laid out")]
+    Short(PathBuf),
+    /// The runtime shuts down.
+    #[error("reading was stopped")]
+    Stopped,
+}
+
+/// Reads one NAR from front to back.
+#[derive(Debug)]
+pub(super) struct NarReader {
+    root: PathBuf,
+    layout: Arc<NarLayout>,
+    cursor: Cursor,
+    /// Literal bytes that were written by the cursor and not given out yet, from `literal_at` on.
+    literal: Vec<u8>,
+    literal_at: usize,
+    file: Option<OpenFile>,
+    directory: OpenDirectory,
+    /// Bytes to pass over before the range begins, and bytes to give out after that.
+    skip: u64,
+    remaining: u64,
+}
+
+/// The file whose contents come next.
+#[derive(Debug)]
+struct OpenFile {
+    fd: OwnedFd,
+    at: u64,
+    size: u64,
+}
+
+/// The directory that the cursor is in. Opened when a file in it is; one descriptor however deep the tree.
+#[derive(Debug)]
+struct OpenDirectory {
+    path: PathBuf,
+    fd: Option<OwnedFd>,
+}
+
+impl NarReader {
+    /// Reads `range` of the NAR of the tree at `root`.
+    pub(super) fn new(root: PathBuf, layout: Arc<NarLayout>, range: Range<u64>) -> Self {
+        let directory = OpenDirectory { path: root.clone(), fd: None };
+        Self {
+            root,
+            layout,
+            cursor: Cursor::default(),
+            literal: Vec::with_capacity(1024),
+            literal_at: 0,
+            file: None,
+            directory,
+            skip: range.start,
+            remaining: range.end.saturating_sub(range.start),
+        }
+    }
+
+    /// Bytes that are still to come.
+    pub(super) fn remaining(&self) -> u64 {
+        self.remaining
+    }
+
+    /// Whether at least `bytes` of one open file come next: then reading needs no look at the tree.
+    pub(super) fn is_inside_file(&self, bytes: u64) -> bool {
+        let left = |file: &OpenFile| file.size - file.at;
+        self.skip == 0
+            && self.literal_at == self.literal.len()
+            && self.file.as_ref().is_some_and(|file| left(file).min(self.remaining) >= bytes)
+    }
+
+    /// Fills the buffer, or as much of it as the NAR has left. Returns the bytes filled; 0 is the end.
+    pub(super) fn fill(&mut self, buffer: &mut [u8]) -> Result<usize, NarReadError> {
+        let mut filled = 0;
+        while filled < buffer.len() && self.remaining > 0 {
+            if self.literal_at < self.literal.len() {
+                filled += self.give_literal(&mut buffer[filled..]);
+            } else if self.file.is_some() {
+                let flags = ReadWriteFlags::empty();
+                filled += self.give_contents(&mut buffer[filled..], flags)?.unwrap_or(0);
+            } else {
+                self.step()?;
+            }
+        }
+        Ok(filled)
+    }
+
+    /// Fills the buffer from the open file with what is in memory. `None`: the disk has to be asked.
+    pub(super) fn fill_cached(&mut self, buffer: &mut [u8]) -> Result<Option<usize>, NarReadError> {
+        self.give_contents(buffer, ReadWriteFlags::NOWAIT)
+    }
+
+    fn give_literal(&mut self, buffer: &mut [u8]) -> usize {
+        let there = &self.literal[self.literal_at..];
+        let skipped = self.skip.min(there.len() as u64) as usize;
+        let len = (there.len() - skipped).min(buffer.len()).min(clamp(self.remaining));
+        buffer[..len].copy_from_slice(&there[skipped..skipped + len]);
+        self.literal_at += skipped + len;
+        self.skip -= skipped as u64;
+        self.remaining -= len as u64;
+        len
+    }
+
+    fn give_contents(
+        &mut self,
+        buffer: &mut [u8],
+        flags: ReadWriteFlags,
+    ) -> Result<Option<usize>, NarReadError> {
+        let Some(file) = &mut self.file else { return Ok(None) };
+        let skipped = self.skip.min(file.size - file.at);
+        file.at += skipped;
+        self.skip -= skipped;
+        let len = clamp((file.size - file.at).min(self.remaining)).min(buffer.len());
+        let mut got = 0;
+        while got < len {
+            let mut slices = [IoSliceMut::new(&mut buffer[got..len])];
+            match rustix::io::preadv2(&file.fd, &mut slices, file.at, flags) {
+                Ok(0) => return Err(NarReadError::Changed(self.directory.path.clone())),
+                Ok(read) => {
+                    got += read;
+                    file.at += read as u64;
+                }
+                Err(Errno::INTR) => {}
+                // Not in memory, or a file system that can't say.
+                Err(Errno::AGAIN | Errno::OPNOTSUPP) if !flags.is_empty() => break,
+                Err(source) => {
+                    return Err(NarReadError::Io { path: self.directory.path.clone(), source });
+                }
+            }
+        }
+        self.remaining -= got as u64;
+        if file.at == file.size {
+            self.file = None;
+        }
+        Ok((got > 0 || len == 0).then_some(got))
+    }
+
+    /// Moves to the next literal bytes and, behind them, the next file.
+    fn step(&mut self) -> Result<(), NarReadError> {
+        self.literal.clear();
+        self.literal_at = 0;
+        match self.cursor.advance(&self.layout, &mut self.literal) {
+            Step::Enter(name) => self.directory.enter(name),
+            Step::Leave => self.directory.leave(&self.root),
+            Step::File { name, meta } => {
+                let behind = self.literal.len() as u64 + meta.size;
+                if self.skip >= behind {
+                    // Before the range: not even opened.
+                    self.skip -= behind;
+                    self.literal.clear();
+                } else if meta.size > 0 {
+                    let fd = self.directory.open(name, meta)?;
+                    self.file = Some(OpenFile { fd, at: 0, size: meta.size });
+                }
+            }
+            Step::Symlink { .. } => {}
+            Step::Finished if self.literal.is_empty() => {
+                return Err(NarReadError::Short(self.root.clone()));
+            }
+            Step::Finished => {}
+        }
+        Ok(())
+    }
+}
+
+impl OpenDirectory {
+    fn enter(&mut self, name: &[u8]) {
+        if !name.is_empty() {
+            self.path.push(OsStr::from_bytes(name));
+        }
+        self.fd = None;
+    }
+
+    fn leave(&mut self, root: &Path) {
+        if self.path != root {
+            self.path.pop();
+        }
+        self.fd = None;
+    }
+
+    /// Opens a file of this directory, or the root itself if that is a file, and checks that it is what it was.
+    fn open(&mut self, name: &[u8], meta: FileMeta) -> Result<OwnedFd, NarReadError> {
+        // Joining an empty name would leave a slash behind.
+        let path = match name {
+            b"" => self.path.clone(),
+            name => self.path.join(OsStr::from_bytes(name)),
+        };
+        let io = |source| NarReadError::Io { path: path.clone(), source };
+        // A pipe in the place of a file would block the open itself.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let fd = if name.is_empty() {
+            rustix::fs::open(&self.path, flags, Mode::empty()).map_err(io)?
+        } else {
+            let directory = match &self.fd {
+                Some(fd) => fd,
+                None => {
+                    let flags = flags | OFlags::DIRECTORY;
+                    let fd = rustix::fs::open(&self.path, flags, Mode::empty()).map_err(io)?;
+                    self.fd.insert(fd)
+                }
+            };
+            rustix::fs::openat(directory, OsStr::from_bytes(name), flags, Mode::empty()).map_err(io)?
+        };
+        let stat = rustix::fs::fstat(&fd).map_err(io)?;
+        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        if !regular || file_meta(&stat) != meta {
+            return Err(NarReadError::Changed(path));
+        }
+        Ok(fd)
+    }
+}
+
+fn clamp(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}
