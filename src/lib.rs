@@ -45,7 +45,7 @@
 //! - A layout keeps metadata and writes the literal bytes on the way; kept whole they would take several times the memory.
 //! - nix-compat, which was asked for, is an empty placeholder on the registry; nix-narinfo and nix-derivation stand
 //!   behind [`nix`] instead.
-#![warn(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![warn(unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub mod cli;
 pub mod config;

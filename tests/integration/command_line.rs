@@ -1,0 +1,172 @@
+//! Bad input is told in one line that says what, where and what to do; nothing is left half done.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
+use std::process::Command;
+
+use crate::support::daemon::{Daemon, PROGRAM};
+use crate::support::http::get;
+use crate::support::store::{Store, isolated};
+use crate::support::{run, succeed, text};
+
+/// Starts the program, which has to fail; gives what it said.
+fn refused(arguments: &[&str], config: &str, folder: &Path) -> String {
+    let file = folder.join("peernix.toml");
+    std::fs::write(&file, config).unwrap();
+    let output = run(Command::new("timeout").args(["20", PROGRAM, "--config"]).arg(&file).args(arguments));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let lines: Vec<&str> = said.lines().filter(|line| line.starts_with("peernix: ")).collect();
+    assert_eq!(lines.len(), 1, "{said}");
+    lines[0].to_owned()
+}
+
+#[test]
+fn what_cannot_be_started_says_why_and_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().join("state");
+    let here = format!("[state]\ndirectory = {state:?}\n[http]\nlisten = [\"127.0.0.1:0\"]\n");
+    let check = |said: String, parts: &[&str]| {
+        for part in parts {
+            assert!(said.contains(part), "{part:?} is not in {said:?}");
+        }
+        assert!(!state.exists(), "a state folder was left behind: {said}");
+    };
+    let with = |more: &str| refused(&[], &format!("{here}{more}"), folder.path());
+
+    check(with("prioritty = 3\n"), &["peernix.toml:5: unknown field `prioritty`", "`priority`"]);
+    check(with("drain_time = 5\n"), &["peernix.toml:5: "]);
+    check(with("[store]\nlease = \"0s\"\n"), &["peernix.toml", "store.lease", "1s to 1day"]);
+    check(with("[log]\nfilter = \"===\"\n"), &["log.filter"]);
+
+    let key = folder.path().join("key");
+    check(with(&format!("[signing]\nkeys = [{key:?}]\n")), &["key", "can't be read", "No such file"]);
+    std::fs::write(&key, "no key at all").unwrap();
+    check(with(&format!("[signing]\nkeys = [{key:?}]\n")), &["/key holds no secret key", "name:base64"]);
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let said = refused(&["--listen", &address], &here, folder.path());
+    check(said, &[&address, "can't be listened on", "another program has the port", "--listen"]);
+
+    let no_config = run(Command::new(PROGRAM).args(["--config", "/nowhere/peernix.toml"]));
+    let said = String::from_utf8(no_config.stderr).unwrap();
+    assert_eq!((no_config.status.code(), said.lines().count()), (Some(1), 1));
+    assert!(said.contains("/nowhere/peernix.toml: can't be read"), "{said}");
+}
+
+#[test]
+fn a_store_or_key_without_permission_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let program = folder.path().join("peernix");
+    std::fs::copy(PROGRAM, &program).unwrap();
+    let root = folder.path().join("root");
+    std::fs::create_dir_all(root.join("nix/store")).unwrap();
+    std::fs::set_permissions(root.join("nix"), std::fs::Permissions::from_mode(0o700)).unwrap();
+    let key = folder.path().join("key");
+    std::fs::write(&key, "secret").unwrap();
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let config = folder.path().join("peernix.toml");
+    let as_nobody = |text: String| {
+        std::fs::write(&config, format!("[http]\nlisten = [\"127.0.0.1:0\"]\n{text}")).unwrap();
+        let mut command = Command::new("timeout");
+        command.args(["20", "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]);
+        let output = run(command.arg(&program).arg("--config").arg(&config).env("HOME", folder.path()));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(1), "{said}");
+        said.lines().last().unwrap().to_owned()
+    };
+    let said = as_nobody(format!("[store]\nroot = {root:?}\n"));
+    assert!(
+        said.contains("root/nix/store can't be read: Permission denied") && said.contains("store.root"),
+        "{said}"
+    );
+    let said = as_nobody(format!("[signing]\nkeys = [{key:?}]\n"));
+    assert!(said.contains("/key can't be read: Permission denied"), "{said}");
+    // A folder for state that can't be made.
+    std::fs::set_permissions(root.join("nix"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let said = as_nobody(format!("[store]\nroot = {root:?}\n"));
+    assert!(said.contains("the state folder") && said.contains("state.directory"), "{said}");
+}
+
+#[test]
+fn keys_are_made_as_nix_makes_them() {
+    let store = Store::new();
+    let file = store.root().join("made");
+    let public = text(Command::new(PROGRAM).args(["key", "generate", "cache-1", "--to"]).arg(&file));
+    assert!(public.starts_with("cache-1:"), "{public}");
+    assert_eq!(file.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+    // Nix signs with it, and says the same public key.
+    let mut convert = isolated("nix", store.root());
+    let converted =
+        convert.args(["key", "convert-secret-to-public"]).stdin(std::fs::File::open(&file).unwrap());
+    assert_eq!(text(converted), public);
+    let path = store.build(crate::signatures::BUILT).remove(0);
+    succeed(store.nix("nix").args(["store", "sign", "--key-file"]).arg(&file).arg(&path));
+    let mut verify = store.nix("nix");
+    succeed(verify.args(["store", "verify", "--sigs-needed", "1", "--trusted-public-keys", &public, &path]));
+
+    let again = run(Command::new(PROGRAM).args(["key", "generate", "cache-1", "--to"]).arg(&file));
+    assert!(!again.status.success(), "a key was overwritten");
+    let spaced = run(Command::new(PROGRAM).args(["key", "generate", "a b"]));
+    assert!(String::from_utf8(spaced.stderr).unwrap().contains("key name"));
+    let piped = run(Command::new(PROGRAM).args(["key", "generate", "cache-2"]));
+    assert!(piped.stdout.starts_with(b"cache-2:") && piped.stderr.starts_with(b"cache-2:"));
+
+    let config = store.root().join("peernix.toml");
+    std::fs::write(&config, format!("[signing]\nkeys = [{file:?}]\n")).unwrap();
+    let said = text(Command::new(PROGRAM).args(["check-config", "--config"]).arg(&config));
+    assert_eq!(said, format!("the configuration is good\nsigns as {public}"));
+}
+
+#[test]
+fn help_completions_and_the_manual_are_printed() {
+    for (arguments, part) in [
+        (&["--help"][..], "http://127.0.0.1:9999/nix-cache"),
+        (&["key", "generate", "--help"], "--to <FILE>"),
+        (&["completions", "bash"], "_peernix"),
+        (&["man"], ".TH peernix"),
+        (&["--version"], env!("CARGO_PKG_VERSION")),
+    ] {
+        let shown = text(Command::new(PROGRAM).args(arguments));
+        assert!(shown.contains(part), "{arguments:?}: {shown}");
+    }
+    assert_eq!(run(Command::new(PROGRAM).arg("srve")).status.code(), Some(2));
+}
+
+#[test]
+fn health_metrics_and_the_first_page_answer() {
+    let store = Store::new();
+    let daemon = Daemon::serve(store.root(), "");
+    let health: serde_json::Value = serde_json::from_str(&get(&daemon.url("health")).text()).unwrap();
+    assert_eq!(health["status"], "ok");
+    let welcome = get(&daemon.url("")).text();
+    assert!(welcome.contains("extra-substituters = http://127.0.0.1:9999/nix-cache"), "{welcome}");
+    assert!(welcome.contains(get(&daemon.url("public-key")).text().trim()), "{welcome}");
+    let metrics = get(&daemon.url("metrics"));
+    assert!(metrics.header("content-type").unwrap().starts_with("application/openmetrics-text"));
+    let page = metrics.text();
+    for name in [
+        "peernix_http_requests_total{route=\"admin\",status=\"200\"}",
+        "peernix_http_request_seconds_bucket",
+        "peernix_http_response_bytes_total",
+        "peernix_store_queries_total",
+        "peernix_store_leases",
+        "peernix_store_child_restarts_total",
+        "peernix_build_info",
+    ] {
+        assert!(page.contains(name), "{name} is not in:\n{page}");
+    }
+    // The real reader of that page.
+    use std::io::Write as _;
+    let mut promtool = Command::new("promtool")
+        .args(["check", "metrics"])
+        .stdin(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .expect("promtool; tests/run.sh installs prometheus");
+    promtool.stdin.take().unwrap().write_all(page.as_bytes()).unwrap();
+    let checked = promtool.wait_with_output().unwrap();
+    assert_eq!(checked.status.code(), Some(0), "{}", String::from_utf8_lossy(&checked.stderr));
+}

@@ -1,0 +1,126 @@
+//! The real program, started on a port that the system chooses, and read by its log.
+
+use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex};
+
+use super::eventually;
+
+/// A running daemon; killed when dropped.
+pub struct Daemon {
+    process: Child,
+    pub address: SocketAddr,
+    log: Arc<Mutex<Vec<String>>>,
+    _folder: tempfile::TempDir,
+}
+
+/// The program itself.
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_peernix");
+
+impl Daemon {
+    /// Serves a store below a folder. `settings` is more of the configuration.
+    pub fn serve(root: &Path, settings: &str) -> Self {
+        Self::start(Command::new(PROGRAM), &format!("[store]\nroot = {root:?}\n{settings}"))
+    }
+
+    /// Starts the program that `command` names, with a configuration.
+    pub fn start(mut command: Command, settings: &str) -> Self {
+        let folder = tempfile::Builder::new().prefix("peernix-daemon-").tempdir().unwrap();
+        let config = folder.path().join("peernix.toml");
+        let state = folder.path().join("state");
+        std::fs::create_dir(&state).unwrap();
+        // Whoever the daemon runs as has to read the one and write the other.
+        open_to_all(folder.path());
+        open_to_all(&state);
+        let common = format!(
+            "[log]\nformat = \"json\"\nfilter = \"info,peernix=debug\"\n[state]\ndirectory = {state:?}\n"
+        );
+        std::fs::write(&config, format!("{common}{settings}\n")).unwrap();
+        command.arg("--config").arg(&config).args(["--listen", "127.0.0.1:0"]);
+        command.env_remove("PEERNIX_LOG").stderr(Stdio::piped());
+        let mut process = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let log = Arc::new(Mutex::new(Vec::new()));
+        let (stderr, lines) = (process.stderr.take().unwrap(), Arc::clone(&log));
+        std::thread::spawn(move || {
+            for line in BufReader::new(stderr).lines().map_while(Result::ok) {
+                lines.lock().unwrap().push(line);
+            }
+        });
+        let mut daemon = Self { process, address: ([127, 0, 0, 1], 0).into(), log, _folder: folder };
+        daemon.address = eventually("the daemon listens", || {
+            assert!(daemon.process.try_wait().unwrap().is_none(), "it ended: {:#?}", daemon.log());
+            let line = daemon.logged("listening").into_iter().next()?;
+            line["address"].as_str()?.parse().ok()
+        });
+        daemon
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("http://{}/{path}", self.address)
+    }
+
+    /// The URL that nix.conf names.
+    pub fn substituter(&self) -> String {
+        self.url("nix-cache")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// All that it logged so far.
+    pub fn log(&self) -> Vec<String> {
+        self.log.lock().unwrap().clone()
+    }
+
+    /// The lines with this message.
+    pub fn logged(&self, message: &str) -> Vec<serde_json::Value> {
+        let parse = |line: &String| serde_json::from_str::<serde_json::Value>(line).ok();
+        let lines = self.log();
+        lines.iter().filter_map(parse).filter(|line| line["message"] == message).collect()
+    }
+
+    /// Its `nix-store` processes.
+    pub fn children(&self) -> Vec<u32> {
+        let mut found = Vec::new();
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten() {
+            let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            found.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+        }
+        found
+    }
+
+    /// The value of a metric without labels, or with exactly these.
+    pub fn metric(&self, name: &str) -> f64 {
+        let page = super::http::get(&self.url("metrics")).text();
+        let line = page.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.unwrap_or_else(|| panic!("no {name} in:\n{page}")).parse().unwrap()
+    }
+
+    pub fn signal(&self, signal: &str) {
+        super::succeed(Command::new("kill").args([signal, &self.pid().to_string()]));
+    }
+
+    /// Waits for its end.
+    pub fn wait(&mut self) -> ExitStatus {
+        let process = &mut self.process;
+        eventually("the daemon ends", || process.try_wait().unwrap())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        if std::thread::panicking() {
+            eprintln!("the daemon's log:\n{}", self.log().join("\n"));
+        }
+    }
+}
+
+fn open_to_all(folder: &Path) {
+    use std::os::unix::fs::PermissionsExt as _;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o777)).unwrap();
+}

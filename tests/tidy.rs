@@ -1,0 +1,110 @@
+//! The shape of the source: layers look down only, files stay small, and each says what it is.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Each top-level module and what it may import. The same table stands in `src/lib.rs`.
+const LAYERS: &[(&str, &[&str])] = &[
+    ("nix", &[]),
+    ("metrics", &[]),
+    ("store", &["nix", "metrics"]),
+    ("signing", &["nix"]),
+    ("resolve", &["nix", "store", "signing"]),
+    ("http", &["nix", "metrics", "resolve"]),
+    ("config", &["http", "signing", "store"]),
+    ("daemon", &["nix", "metrics", "store", "signing", "resolve", "http", "config"]),
+    ("cli", &["nix", "metrics", "store", "signing", "resolve", "http", "config", "daemon"]),
+];
+
+/// Lines of a file before its tests.
+const LONGEST_FILE: usize = 400;
+
+fn source_files() -> Vec<(PathBuf, String)> {
+    let (mut folders, mut files) = (vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")], Vec::new());
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap().flatten() {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                files.push((path.clone(), fs::read_to_string(path).unwrap()));
+            }
+        }
+    }
+    assert!(files.len() > 20, "the source was not found");
+    files
+}
+
+/// The part before the tests.
+fn code(text: &str) -> &str {
+    text.split("\n#[cfg(test)]").next().unwrap()
+}
+
+fn module(path: &Path) -> String {
+    let below = path.strip_prefix(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).unwrap();
+    below.components().next().unwrap().as_os_str().to_str().unwrap().trim_end_matches(".rs").to_owned()
+}
+
+#[test]
+fn imports_point_down_only() {
+    let allowed: BTreeMap<&str, &[&str]> = LAYERS.iter().copied().collect();
+    let mut wrong = Vec::new();
+    for (path, text) in source_files() {
+        let module = module(&path);
+        if matches!(&*module, "lib" | "main") {
+            continue;
+        }
+        let may = allowed.get(&*module).unwrap_or_else(|| panic!("{module} has no layer"));
+        // `use crate::{a, b}` names several at once.
+        let flat = code(&text).replace("crate::{", "crate::{crate::").replace(", ", ", crate::");
+        for part in flat.split("crate::").skip(1) {
+            let name: String = part.chars().take_while(|c| c.is_ascii_lowercase() || *c == '_').collect();
+            let known = allowed.contains_key(&*name);
+            if known && name != module && !may.contains(&&*name) {
+                wrong.push(format!("{} imports {name}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn the_formats_do_no_io() {
+    for (path, text) in source_files().into_iter().filter(|(path, _)| module(path) == "nix") {
+        for word in ["tokio", "std::fs", "std::net", "std::io", "Instant", "SystemTime", "std::process"] {
+            assert!(!code(&text).contains(word), "{} names {word}", path.display());
+        }
+    }
+}
+
+#[test]
+fn every_file_says_what_it_is_and_stays_readable() {
+    for (path, text) in source_files() {
+        assert!(text.starts_with("//! "), "{} does not open with what it is", path.display());
+        let lines = code(&text).lines().count();
+        assert!(
+            lines <= LONGEST_FILE,
+            "{} has {lines} lines: which idea could have its own file?",
+            path.display()
+        );
+    }
+}
+
+#[test]
+fn the_table_of_layers_stands_in_the_map() {
+    let map = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/lib.rs")).unwrap();
+    for (module, _) in LAYERS {
+        assert!(map.contains(&format!("//! | [`{module}`] |")), "{module} is not on the map");
+        assert!(map.contains(&format!("pub mod {module};")), "{module} does not exist");
+    }
+}
+
+#[test]
+fn no_hash_path_or_address_is_a_label_of_a_metric() {
+    let metrics = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/metrics.rs")).unwrap();
+    for (_, rest) in metrics.match_indices("EncodeLabelSet)]").map(|(at, _)| metrics.split_at(at)) {
+        let fields = rest.split('}').next().unwrap();
+        assert!(!fields.contains("String"), "a label without a bound: {fields}");
+    }
+}
