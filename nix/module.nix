@@ -18,11 +18,14 @@ let
   announceUdpPort = 9999;
   mdnsUdpPort = 5353;
 
-  listen = cfg.settings.http.listen;
-  httpPort = if listen == null then defaultPort else lib.toInt (lib.last (lib.splitString ":" listen));
-  # What stands before the last colon: an address, or nothing.
-  listenHost =
-    if listen == null then "" else lib.concatStringsSep ":" (lib.init (lib.splitString ":" listen));
+  # "ADDRESS:PORT" each; null is the daemon's default: all addresses.
+  listen = if cfg.settings.http.listen == null then [ ":${toString defaultPort}" ] else cfg.settings.http.listen;
+  hostOf = address: lib.concatStringsSep ":" (lib.init (lib.splitString ":" address));
+  portOf = address: lib.toInt (lib.last (lib.splitString ":" address));
+  # Where the local Nix can ask: an address that includes 127.0.0.1.
+  isLocal = address: lib.elem (hostOf address) [ "" "0.0.0.0" "[::]" "127.0.0.1" ];
+  local = lib.filter isLocal listen;
+  localPort = if local == [ ] then defaultPort else portOf (lib.head local);
 
   # null stands for "the daemon's default", and TOML has no null.
   configFile = toml.generate "peernix.toml" (
@@ -69,11 +72,11 @@ in
         freeformType = toml.type;
 
         options.http.listen = mkOption {
-          type = types.nullOr (types.strMatching ".*:[0-9]+");
+          type = types.nullOr (types.listOf (types.strMatching ".*:[0-9]+"));
           default = null;
-          example = "0.0.0.0:8080";
+          example = [ "0.0.0.0:8080" ];
           description = ''
-            Address and port of the HTTP server, for the local Nix and for peers alike. `null` is the daemon's default:
+            Addresses and ports of the HTTP server, for the local Nix and for peers alike. `null` is the daemon's default:
             port ${toString defaultPort} on all addresses. {option}`services.peernix.addSubstituter` and
             {option}`services.peernix.openFirewall` follow the port.
           '';
@@ -92,7 +95,7 @@ in
       };
       default = { };
       example = {
-        http.listen = "0.0.0.0:8080";
+        http.listen = [ "0.0.0.0:8080" ];
       };
       description = ''
         The configuration, written as TOML. Every key is optional; all are explained in {file}`config/peernix.toml` of
@@ -139,10 +142,9 @@ in
   config = mkIf cfg.enable {
     assertions = [
       {
-        assertion =
-          cfg.addSubstituter -> lib.elem listenHost [ "" "*" "0.0.0.0" "[::]" "127.0.0.1" "localhost" ];
+        assertion = cfg.addSubstituter -> local != [ ];
         message = ''
-          services.peernix.settings.http.listen = "${toString listen}" does not include 127.0.0.1, where the local Nix would
+          services.peernix.settings.http.listen = [ ${toString listen} ] does not include 127.0.0.1, where the local Nix would
           ask. Listen on all addresses, or set services.peernix.addSubstituter = false.
         '';
       }
@@ -154,13 +156,13 @@ in
 
     nix.settings = {
       # Its place in the list says nothing: Nix sorts by priority.
-      substituters = mkIf cfg.addSubstituter [ "http://127.0.0.1:${toString httpPort}/nix-cache" ];
+      substituters = mkIf cfg.addSubstituter [ "http://127.0.0.1:${toString localPort}/nix-cache" ];
       # A host may have narrowed `allowed-users`; without access to the Nix daemon peernix serves nothing.
       extra-allowed-users = [ "peernix" ];
     };
 
     networking.firewall = mkIf cfg.openFirewall {
-      allowedTCPPorts = [ httpPort ];
+      allowedTCPPorts = lib.unique (map portOf listen);
       allowedUDPPorts = [
         announceUdpPort
         mdnsUdpPort

@@ -3,6 +3,7 @@
 //! The lowest layer beside the formats: each part of the daemon is handed its own group and counts into it. Labels are
 //! bounded: a route, a status, a reason; never a hash, a path or an address.
 
+use std::collections::HashSet;
 use std::fmt::Write as _;
 use std::sync::Arc;
 
@@ -12,7 +13,6 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
-use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
 /// All metrics of one daemon.
@@ -71,6 +71,11 @@ struct RequestLabels {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct RouteLabel {
     route: Route,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct VersionLabel {
+    version: &'static str,
 }
 
 /// Why a connection was not served.
@@ -169,19 +174,46 @@ impl Metrics {
             let _ = http.seconds.get_or_create(&RouteLabel { route });
         }
         let mut registry = Registry::with_prefix("peernix");
-        let version = vec![("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned())];
-        registry.register("build", "The version that runs", Info::new(version));
+        // A gauge and not OpenMetrics' info, which promtool can't read.
+        let build = Family::<VersionLabel, Gauge>::default();
+        build.get_or_create(&VersionLabel { version: env!("CARGO_PKG_VERSION") }).set(1);
+        registry.register("build_info", "Always 1; the label tells the version that runs", build);
         register_http(&mut registry, &http);
         register_store(&mut registry, &store);
         Self { registry: Arc::new(registry), http, store }
     }
 
-    /// The page that Prometheus reads, in the OpenMetrics text format.
+    /// The page in the OpenMetrics text format.
     #[must_use]
-    pub fn to_text(&self) -> String {
+    pub fn to_openmetrics(&self) -> String {
         let mut text = String::new();
         // Writing to a String fails only if a metric's own encoding does, and then the page ends there.
         let _ = encode(&mut text, &self.registry);
+        text
+    }
+
+    /// The page in Prometheus's own older text format, which every reader knows. There a counter's help and type stand
+    /// under its whole name, `_total` included.
+    #[must_use]
+    pub fn to_prometheus(&self) -> String {
+        let page = self.to_openmetrics();
+        let type_of = |line: &str| {
+            line.strip_prefix("# TYPE ").and_then(|rest| rest.strip_suffix(" counter")).map(str::to_owned)
+        };
+        let counters: HashSet<String> = page.lines().filter_map(type_of).collect();
+        let mut text = String::with_capacity(page.len() + 64 * counters.len());
+        for line in page.lines().filter(|line| *line != "# EOF") {
+            let mut words = line.splitn(4, ' ');
+            match (words.next(), words.next(), words.next(), words.next()) {
+                (Some("#"), Some(kind), Some(name), Some(rest)) if counters.contains(name) => {
+                    text.push_str(&format!("# {kind} {name}_total {rest}\n"));
+                }
+                _ => {
+                    text.push_str(line);
+                    text.push('\n');
+                }
+            }
+        }
         text
     }
 }
@@ -237,7 +269,8 @@ mod tests {
         metrics.http.request(Route::Narinfo, 200, 0.001);
         metrics.http.closed(Refusal::HeaderTime);
         metrics.store.queries.inc();
-        let text = metrics.to_text();
+        let text = metrics.to_openmetrics();
+        assert!(metrics.to_prometheus().contains("# TYPE peernix_store_queries_total counter\n"));
         for line in [
             r#"peernix_http_requests_total{route="narinfo",status="200"} 1"#,
             r#"peernix_http_connections_closed_total{reason="header_time"} 1"#,

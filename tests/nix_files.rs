@@ -116,13 +116,17 @@ fn substituter_can_be_left_out() {
 #[test]
 fn port_follows_the_listen_address() {
     for (listen, port) in [("0.0.0.0:8080", 8080), ("[::]:81", 81), ("127.0.0.1:10000", 10000)] {
-        let on =
-            format!(r#"{{"enable":true,"openFirewall":true,"settings":{{"http":{{"listen":"{listen}"}}}}}}"#);
+        let on = format!(
+            r#"{{"enable":true,"openFirewall":true,"settings":{{"http":{{"listen":["{listen}"]}}}}}}"#
+        );
         let substituter = format!(r#"["http://127.0.0.1:{port}/nix-cache"]"#);
         assert_eq!(module(&on, "nix.settings.substituters"), substituter, "{listen}");
         let firewall = format!(r#"{{"allowedTCPPorts":[{port}],"allowedUDPPorts":[9999,5353]}}"#);
         assert_eq!(module(&on, "networking.firewall"), firewall, "{listen}");
     }
+    let two = r#"{"enable":true,"openFirewall":true,"settings":{"http":{"listen":["10.0.0.1:81","127.0.0.1:82"]}}}"#;
+    assert_eq!(module(two, "nix.settings.substituters"), r#"["http://127.0.0.1:82/nix-cache"]"#);
+    assert_eq!(module(two, "networking.firewall.allowedTCPPorts"), "[81,82]");
     let default = module(r#"{"enable":true,"openFirewall":true}"#, "networking.firewall.allowedTCPPorts");
     assert_eq!(default, "[9999]");
 }
@@ -130,7 +134,7 @@ fn port_follows_the_listen_address() {
 #[test]
 fn listening_where_the_local_nix_does_not_ask_is_refused() {
     let holds = |listen: &str, add_substituter: bool| {
-        let http = format!(r#"{{"listen":"{listen}"}}"#);
+        let http = format!(r#"{{"listen":["{listen}"]}}"#);
         let on =
             format!(r#"{{"enable":true,"addSubstituter":{add_substituter},"settings":{{"http":{http}}}}}"#);
         module(&on, "assertions") // one of them, with its message
@@ -167,7 +171,7 @@ fn signing_keys_are_handed_over_as_credentials() {
 fn wrong_options_are_errors() {
     for (options, message) in [
         (r#""signingKeyFiles":["key"]"#, "signingKeyFiles is not of type"),
-        (r#""settings":{"http":{"listen":"9999"}}"#, "http.listen is not of type"),
+        (r#""settings":{"http":{"listen":["9999"]}}"#, "http.listen is not of type"),
         (r#""openFirewall":"yes""#, "openFirewall is not of type"),
     ] {
         let output = instantiate(&format!(r#"module ''{{"enable":true,{options}}}''"#));

@@ -11,6 +11,7 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::routing::get;
 use hyper::body::Incoming;
+use hyper::header::{ACCEPT, HeaderMap};
 use hyper::{Method, Request, Response, StatusCode};
 use tower::ServiceExt as _;
 use tracing::Instrument as _;
@@ -140,9 +141,14 @@ async fn health(State(pages): State<Pages>) -> Response<Body> {
     found("application/json", format!("{line}\n").into())
 }
 
-async fn metrics_page(State(pages): State<Pages>) -> Response<Body> {
-    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
-    found(kind, pages.metrics.to_text().into())
+async fn metrics_page(State(pages): State<Pages>, headers: HeaderMap) -> Response<Body> {
+    let accept = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    if accept.contains("application/openmetrics-text") {
+        let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+        found(kind, pages.metrics.to_openmetrics().into())
+    } else {
+        found("text/plain; version=0.0.4; charset=utf-8", pages.metrics.to_prometheus().into())
+    }
 }
 
 async fn public_key(State(pages): State<Pages>) -> Response<Body> {

@@ -93,7 +93,7 @@ impl Leases {
             current: None,
             retired: Vec::new(),
             started: 0,
-            back_off: FIRST_BACK_OFF,
+            back_off: Duration::ZERO,
             not_before: Instant::now(),
         };
         let task = tokio::spawn(office.run(receiver));
@@ -197,7 +197,11 @@ impl Office {
             };
             match event {
                 Event::Questions(batch) => self.answer(batch).await,
-                Event::Died(error) => self.lost(error),
+                Event::Died(error) => {
+                    self.lost(&error);
+                    // The next question shall not wait for the process to start, nor be answered with a back-off.
+                    let _ = self.ensure_current().await;
+                }
                 Event::Tick => self.rotate().await,
                 Event::Closed => break,
             }
@@ -245,17 +249,15 @@ impl Office {
                     let generation = Arc::clone(&current.generation);
                     let mark = LeaseMark { id: generation.id, generation: Arc::downgrade(&generation) };
                     self.metrics.leases.inc_by(paths.len() as i64);
-                    self.back_off = FIRST_BACK_OFF;
+                    self.back_off = Duration::ZERO;
                     return Ok((infos, Lease(generation), mark));
                 }
                 Err(error) => {
                     let again = tries == 1 && matches!(error, ChildError::Ended(_));
-                    let text = error.to_string();
-                    self.lost(error);
-                    if again {
-                        self.not_before = Instant::now();
-                    } else {
-                        return Err(Arc::new(ChildError::Ended(text)));
+                    let error = Arc::new(error);
+                    self.lost(&error);
+                    if !again {
+                        return Err(error);
                     }
                 }
             }
@@ -302,8 +304,7 @@ impl Office {
 
     /// Says once that `nix-store` can't be asked, and when it is tried again.
     fn unavailable(&mut self, error: Arc<ChildError>) {
-        self.not_before = Instant::now() + self.back_off;
-        self.back_off = (self.back_off * 2).min(LONGEST_BACK_OFF);
+        self.wait_longer();
         if !matches!(*self.state.borrow(), StoreState::Unavailable(_)) {
             tracing::warn!(%error, "the local store can't be asked; its paths are answered with 404 until it can");
         }
@@ -311,7 +312,7 @@ impl Office {
     }
 
     /// The current process died or is of no use any more: its leases are gone.
-    fn lost(&mut self, error: ChildError) {
+    fn lost(&mut self, error: &ChildError) {
         self.current_id.store(0, Ordering::Release);
         if let Some(current) = self.current.take() {
             self.metrics.leases.dec_by(current.leases as i64);
@@ -320,8 +321,13 @@ impl Office {
             tracing::warn!(%error, leases = current.leases, "nix-store died and is started again");
             // Dropping it kills what may be left of it.
         }
+        self.wait_longer();
+    }
+
+    /// The first try after a success comes at once, the others later and later.
+    fn wait_longer(&mut self) {
         self.not_before = Instant::now() + self.back_off;
-        self.back_off = (self.back_off * 2).min(LONGEST_BACK_OFF);
+        self.back_off = (self.back_off * 2).clamp(FIRST_BACK_OFF, LONGEST_BACK_OFF);
     }
 
     /// Retires what was in office long enough, and ends what was retired long enough.

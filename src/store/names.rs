@@ -1,7 +1,7 @@
 //! The names in the store directory, by hash part.
 //!
 //! A name is no proof that a path is valid, but a path that has no name is not there. The directory is watched, and
-//! before any "not here" the events that wait are taken in: a path is found from the moment in which it appears. Lost
+//! before any answer the events that wait are taken in: a path is found from the moment in which it appears. Lost
 //! events, or no watch at all, lead to a scan of the directory.
 
 use std::collections::HashMap;
@@ -57,9 +57,7 @@ impl Names {
 
     /// The store path with this hash part, if the directory has such a name.
     pub(super) async fn find(self: &Arc<Self>, hash: &StorePathHash) -> Option<StorePath> {
-        if let Some(path) = self.get(hash) {
-            return Some(path);
-        }
+        // Also when there is a name already: it may be the lock of the path that has come since.
         if self.take_in_events() {
             self.scan().await;
         }

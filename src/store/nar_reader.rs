@@ -245,3 +245,87 @@ impl OpenDirectory {
 fn clamp(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tree;
+    use super::*;
+    use proptest::prelude::*;
+    use std::io::Read as _;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    /// Fills a folder with a tree that is drawn by lot: each step is a kind, a name and a size.
+    fn grow(root: &Path, steps: &[(u8, u8, u16)]) {
+        let mut place = root.to_owned();
+        std::fs::create_dir(&place).unwrap();
+        for &(kind, name, size) in steps {
+            let path = place.join(["a", "a.b", "a b", "a+", "z", "ü", ".x", "漢"][usize::from(name % 8)]);
+            if path.symlink_metadata().is_ok() {
+                continue;
+            }
+            match kind % 5 {
+                0 => {
+                    std::fs::create_dir(&path).unwrap();
+                    place = path;
+                }
+                1 if place != root => {
+                    place.pop();
+                }
+                2 => symlink(format!("target-{size}"), &path).unwrap(),
+                kind => {
+                    std::fs::write(&path, vec![name; usize::from(size)]).unwrap();
+                    let mode = if kind == 3 { 0o755 } else { 0o644 };
+                    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+                }
+            }
+        }
+    }
+
+    fn read(root: &Path, layout: &Arc<NarLayout>, range: Range<u64>, chunk: usize) -> Vec<u8> {
+        let mut reader = NarReader::new(root.to_owned(), Arc::clone(layout), range);
+        let (mut nar, mut buffer) = (Vec::new(), vec![0; chunk]);
+        loop {
+            let cached = if reader.is_inside_file(chunk as u64) {
+                reader.fill_cached(&mut buffer).unwrap()
+            } else {
+                None
+            };
+            let filled = cached.unwrap_or_else(|| reader.fill(&mut buffer).unwrap());
+            if filled == 0 {
+                assert_eq!(reader.remaining(), 0);
+                return nar;
+            }
+            nar.extend_from_slice(&buffer[..filled]);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_tree_and_any_range_of_it_is_what_another_writer_of_nars_says(
+            steps in prop::collection::vec(any::<(u8, u8, u16)>(), 0..30),
+            chunk in 1usize..20_000,
+            ends: (prop::sample::Index, prop::sample::Index),
+        ) {
+            let folder = tempfile::tempdir().unwrap();
+            let root = folder.path().join("root");
+            grow(&root, &steps);
+            let mut expected = Vec::new();
+            nix_nar::Encoder::new(&root).unwrap().read_to_end(&mut expected).unwrap();
+
+            let layout = Arc::new(tree::lay_out(&root).unwrap());
+            prop_assert_eq!(layout.len(), expected.len() as u64);
+            prop_assert!(read(&root, &layout, 0..layout.len(), chunk) == expected);
+            let (one, other) = (ends.0.index(expected.len() + 1), ends.1.index(expected.len() + 1));
+            let (start, end) = (one.min(other), one.max(other));
+            prop_assert!(read(&root, &layout, start as u64..end as u64, chunk) == expected[start..end]);
+        }
+    }
+
+    #[test]
+    fn what_no_nar_can_hold_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
+        assert!(matches!(tree::lay_out(folder.path()), Err(tree::TreeError::Kind(_))));
+        assert!(matches!(tree::lay_out(&folder.path().join("nothing")), Err(tree::TreeError::Io { .. })));
+    }
+}

@@ -50,20 +50,20 @@ fn a_closure_is_copied_and_realised_by_root_with_signatures_required() {
 #[test]
 fn an_unprivileged_user_gets_a_closure_through_nix_daemon() {
     // The server is unprivileged too: its nix-store goes through the builder's nix-daemon.
-    let builder = Host::new("");
+    let mut builder = Host::new("");
     let path = builder.build(CHAIN).remove(0);
     builder.start_nix_daemon();
     let program = builder.install(PROGRAM);
     let daemon = Daemon::start(builder.command_as_nobody(program), "");
 
-    let client = Host::new(&conf(&daemon, &key(&daemon)));
+    let mut client = Host::new(&conf(&daemon, &key(&daemon)));
     client.start_nix_daemon();
     succeed(client.command_as_nobody("nix-store").args(["--realise", &path]));
     succeed(client.command("nix-store").args(["--verify", "--check-contents"]));
     let requisites = text(client.command_as_nobody("nix-store").args(["--query", "--requisites", &path]));
     assert_eq!(requisites.lines().count(), 21);
 
-    let other = Host::new(&conf(&daemon, &key(&daemon)));
+    let mut other = Host::new(&conf(&daemon, &key(&daemon)));
     other.start_nix_daemon();
     succeed(other.command_as_nobody("nix").args(["copy", "--from", &daemon.substituter(), &path]));
     // The path is leased there: nix-daemon refuses to delete it.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::support::daemon::{Daemon, PROGRAM};
-use crate::support::http::get;
+use crate::support::http::{get, get_with};
 use crate::support::store::{Store, isolated};
 use crate::support::{run, succeed, text};
 
@@ -145,7 +145,11 @@ fn health_metrics_and_the_first_page_answer() {
     assert!(welcome.contains("extra-substituters = http://127.0.0.1:9999/nix-cache"), "{welcome}");
     assert!(welcome.contains(get(&daemon.url("public-key")).text().trim()), "{welcome}");
     let metrics = get(&daemon.url("metrics"));
-    assert!(metrics.header("content-type").unwrap().starts_with("application/openmetrics-text"));
+    assert_eq!(metrics.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
+    let modern =
+        get_with(&daemon.url("metrics"), &[("accept", "application/openmetrics-text; version=1.0.0")]);
+    assert!(modern.header("content-type").unwrap().starts_with("application/openmetrics-text"));
+    assert!(modern.text().ends_with("# EOF\n"));
     let page = metrics.text();
     for name in [
         "peernix_http_requests_total{route=\"admin\",status=\"200\"}",

@@ -110,7 +110,7 @@ struct Network(std::process::Child);
 
 impl Network {
     fn new() -> Self {
-        let script = "ip link set lo up && ip link add far type dummy && ip link set far up \
+        let script = "ip link set lo up && ip link add far type veth peer name near && ip link set near up && ip link set far up \
             && ip address add 10.1.0.1/24 dev far && ip address add 10.1.0.2/24 dev far \
             && ip address add 203.0.113.1/24 dev far && echo ready && exec sleep infinity";
         let mut unshare = Command::new("unshare");

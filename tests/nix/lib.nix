@@ -40,6 +40,7 @@ rec {
   init = list: genList (elemAt list) (length list - 1);
   optional = condition: value: if condition then [ value ] else [ ];
   optionalString = condition: text: if condition then text else "";
+  unique = foldl' (kept: item: if elem item kept then kept else kept ++ [ item ]) [ ];
   imap0 = f: list: genList (index: f index (elemAt list index)) (length list);
   genAttrs = names: f: listToAttrs (map (name: { inherit name; value = f name; }) names);
   splitString =

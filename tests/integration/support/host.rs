@@ -14,6 +14,7 @@ pub struct Host {
     /// The first process within, as seen from outside.
     inner: u32,
     folder: tempfile::TempDir,
+    nix_daemon: Option<Child>,
 }
 
 /// Debian's nobody: as unprivileged as can be.
@@ -47,7 +48,7 @@ impl Host {
         assert_eq!(line, "ready\n", "namespaces can't be made here: these tests need root and CAP_SYS_ADMIN");
         let pid = outer.id();
         let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-        Self { outer, inner: children.trim().parse().unwrap(), folder }
+        Self { outer, inner: children.trim().parse().unwrap(), folder, nix_daemon: None }
     }
 
     /// Where its /nix lies, seen from outside.
@@ -88,9 +89,9 @@ impl Host {
     }
 
     /// Starts its nix-daemon. It ends with the host.
-    pub fn start_nix_daemon(&self) {
+    pub fn start_nix_daemon(&mut self) {
         let mut daemon = self.command("nix-daemon");
-        daemon.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        self.nix_daemon = Some(daemon.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
         let socket = self.nix_folder().join("var/nix/daemon-socket/socket");
         eventually("nix-daemon listens", || socket.exists().then_some(()));
     }
@@ -109,6 +110,9 @@ impl Drop for Host {
         // --kill-child takes everything within along.
         let _ = self.outer.kill();
         let _ = self.outer.wait();
+        if let Some(mut daemon) = self.nix_daemon.take() {
+            let _ = daemon.wait();
+        }
         // Store paths are read-only; root may remove them all the same.
     }
 }
