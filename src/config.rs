@@ -121,10 +121,10 @@ impl Config {
             let at = error.span().map_or(0, |span| span.start).min(text.len());
             let before = text.as_bytes().get(..at).unwrap_or_default();
             let line = before.iter().filter(|&&byte| byte == b'\n').count() + 1;
-            let message = error.message().replace('\n', " ");
+            let message = explain(error.message(), text.lines().nth(line - 1).unwrap_or_default());
             ConfigError::Parse { path: path.to_owned(), line, message }
         })?;
-        let checks = [config.http.check(), config.limits.check(), config.store.check()];
+        let checks = [config.http.check(), config.limits.check(), config.store.check(), config.state.check()];
         match checks.into_iter().find_map(Result::err) {
             Some(message) => Err(ConfigError::Range { path: path.to_owned(), message }),
             None => Ok(config),
@@ -132,7 +132,37 @@ impl Config {
     }
 }
 
+/// The parser's message, with the key that it is about and what would be right.
+fn explain(message: &str, line: &str) -> String {
+    let message = message.replace('\n', " ");
+    let right = match &*message {
+        text if text.contains("invalid socket address") => {
+            "; an address reads \"192.168.1.10:9999\" or \"[::]:9999\""
+        }
+        text if text.contains("invalid IP address") => "; a network reads \"10.0.0.0/8\" or \"fd00::/8\"",
+        text if text.contains("parsable string") => "; a size reads \"16 KiB\"",
+        text if text.contains("duration") || text.contains("time unit") => {
+            "; a duration reads \"30s\" or \"10min\""
+        }
+        _ => "",
+    };
+    let key = line.split_once('=').map(|(key, _)| key.trim()).filter(|key| !key.is_empty());
+    match key.filter(|key| !message.contains(&format!("`{key}`"))) {
+        Some(key) => format!("{key}: {message}{right}"),
+        None => format!("{message}{right}"),
+    }
+}
+
 impl State {
+    fn check(&self) -> Result<(), String> {
+        match &self.directory {
+            Some(directory) if !directory.is_absolute() => {
+                Err(format!("state.directory: {} is not an absolute path", directory.display()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The folder for state. It need not exist yet.
     pub fn directory(&self) -> Result<PathBuf, ConfigError> {
         let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty());
@@ -151,7 +181,10 @@ impl State {
 fn read(path: &Path) -> std::io::Result<String> {
     use std::io::Read as _;
     let mut text = String::new();
-    std::fs::File::open(path)?.take(MAX_FILE).read_to_string(&mut text)?;
+    std::fs::File::open(path)?.take(MAX_FILE + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > MAX_FILE {
+        return Err(std::io::Error::other(format!("it has more than {MAX_FILE} bytes")));
+    }
     Ok(text)
 }
 
@@ -159,6 +192,7 @@ fn read(path: &Path) -> std::io::Result<String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::collections::BTreeSet;
 
     fn complaint(text: &str) -> String {
         Config::parse(text, Path::new("peernix.toml")).unwrap_err().to_string()
@@ -195,42 +229,21 @@ mod tests {
         let table: toml::Table = toml::from_str(&all).unwrap();
         let config = Config::parse(&all, Path::new("all")).unwrap();
         let shown = format!("{config:?}");
-        let keys: Vec<&String> = table.values().filter_map(|v| v.as_table()).flat_map(|t| t.keys()).collect();
-        // Keys without a default that could be written down stand there with an example instead.
-        let examples = ["root", "directory", "keys"];
-        for key in [
-            "listen",
-            "allow",
-            "priority",
-            "drain_time",
-            "connections",
-            "header_size",
-            "idle_time",
-            "lease",
-            "leases",
-            "nix_store",
-            "query_timeout",
-            "remember",
-            "log_size",
-            "format",
-            "filter",
-            "want_mass_query",
-            "connections_per_address",
-            "header_time",
-            "requests_per_second",
-            "root",
-            "directory",
-            "keys",
-        ] {
-            assert!(keys.iter().any(|k| *k == key), "{key} is not in config/peernix.toml");
-            assert!(shown.contains(&format!("{key}: ")), "{key} is no option");
-        }
+        let keys: BTreeSet<String> =
+            table.values().filter_map(|v| v.as_table()).flat_map(|t| t.keys().cloned()).collect();
+        // The fields of all options, as the program itself shows them.
+        let fields =
+            shown.split(": ").filter_map(|part| part.rsplit([' ', '{', '(']).next()).map(str::to_owned);
+        let sections = ["http", "limits", "store", "signing", "state", "log"].map(str::to_owned);
+        let fields: BTreeSet<String> = fields.filter(|field| !sections.contains(field)).collect();
+        let is_key =
+            |field: &&String| !field.is_empty() && field.chars().all(|c| c.is_ascii_lowercase() || c == '_');
+        assert_eq!(keys.iter().collect::<Vec<_>>(), fields.iter().filter(is_key).collect::<Vec<_>>());
         let mut without = config;
         without.store.root = None;
         without.state.directory = None;
         without.signing.keys.clear();
         assert_eq!(format!("{without:?}"), format!("{:?}", Config::default()));
-        assert_eq!(keys.len(), 19 + examples.len());
     }
 
     proptest! {

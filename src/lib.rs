@@ -5,7 +5,7 @@
 //!
 //! ## Invariants
 //! 1. **Never worse than without it.** On loopback every failure is a fast 404: no 5xx, no hang, no broken narinfo.
-//!    The daemon starts whatever is missing.
+//!    The daemon starts without Nix and without a store; what was configured wrongly ends it with one line.
 //! 2. **A served narinfo keeps its promise.** The path is leased (a temporary garbage-collector root) before it is
 //!    asked for validity, and stays leased for `store.lease` after the last request for it.
 //! 3. **A body never ends early as if it were complete.** A NAR whose length is not NarSize is refused before its first
@@ -30,7 +30,8 @@
 //! `http::server` accepts, `http::gate` lets in, `http::app` parses the URL ([`nix::cache_url`]). A path that was asked
 //! for before is answered at once: `store::known` compares the path's stamp (device, inode, change time; one `lstat`)
 //! and its lease's generation, and the narinfo was signed and printed the first time. Otherwise `store::names` has the
-//! name for the hash part, `store::leases` leases and asks in one batch with whoever else waits, and
+//! name for the hash part, `store::leases` leases and asks (in one batch with whoever else waits; the processes behind it
+//! belong to `store::lease_office`), and
 //! [`resolve`] adds our signatures behind the stored ones.
 //!
 //! ## The way of a NAR request

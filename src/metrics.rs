@@ -116,7 +116,7 @@ pub struct HttpMetrics {
     closed: Family<RefusalLabel, Counter>,
     /// Connections that are open now.
     pub connections: Gauge,
-    /// NARs that ended before their last byte: the store changed underneath, or the client left.
+    /// NARs that ended before their last byte because the store changed underneath.
     pub nar_cuts: Counter,
 }
 
@@ -240,7 +240,7 @@ fn register_http(registry: &mut Registry, http: &HttpMetrics) {
     registry.register("http_connections", help, http.connections.clone());
     let help = "Connections that were refused or cut, by reason";
     registry.register("http_connections_closed", help, http.closed.clone());
-    let help = "NARs that ended before their last byte";
+    let help = "NARs that ended before their last byte because the store changed";
     registry.register("http_nar_cuts", help, http.nar_cuts.clone());
 }
 

@@ -3,7 +3,6 @@
 //! Secrets stay in here. Knows nothing of stores or HTTP.
 
 use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -46,6 +45,9 @@ pub enum SigningError {
         /// Why.
         source: SecretKeyError,
     },
+    /// A key can't have this name.
+    #[error(transparent)]
+    Name(SecretKeyError),
     /// Two files hold keys of one name, of which Nix would keep only the first.
     #[error(
         "two keys are named {name}, the second one in {path}: Nix trusts one key of a name, so rename one"
@@ -127,26 +129,26 @@ impl Signer {
 pub fn generate(name: Option<&str>) -> Result<SecretKey, SigningError> {
     let mut seed = [0; 32];
     getrandom::fill(&mut seed).map_err(|error| SigningError::Random(error.to_string()))?;
-    let invalid = |source| SigningError::Invalid { path: PathBuf::from("new"), source };
     match name {
-        Some(name) => SecretKey::from_seed(name, seed).map_err(invalid),
-        None => with_unique_name(SecretKey::from_seed("new", seed).map_err(invalid)?).map_err(invalid),
+        Some(name) => SecretKey::from_seed(name, seed).map_err(SigningError::Name),
+        None => {
+            let key = SecretKey::from_seed("new", seed).map_err(SigningError::Name)?;
+            with_unique_name(key).map_err(SigningError::Name)
+        }
     }
 }
 
-/// Writes a key to a file that was not there before, readable by its owner alone.
+/// Writes a key to a file that was not there before, readable by its owner alone. Whole or not at all: half a key would
+/// be taken for a damaged one at the next start.
 pub fn write_new(path: &Path, key: &SecretKey) -> Result<(), SigningError> {
     let failed = |source| SigningError::Write { path: path.to_owned(), source };
-    let mut options = std::fs::OpenOptions::new();
-    let mut file = options.write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut beside = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
     // Nix writes no line end behind a key.
-    let written = file.write_all(key.to_file_text().as_bytes()).and_then(|()| file.sync_all());
-    if let Err(source) = written {
-        // Half a key would be taken for a damaged one at the next start.
-        let _ = std::fs::remove_file(path);
-        return Err(failed(source));
-    }
-    Ok(())
+    beside.write_all(key.to_file_text().as_bytes()).map_err(failed)?;
+    beside.as_file().sync_all().map_err(failed)?;
+    beside.persist_noclobber(path).map_err(|error| failed(error.error))?;
+    std::fs::File::open(folder).and_then(|folder| folder.sync_all()).map_err(failed)
 }
 
 fn read(path: &Path) -> Result<SecretKey, SigningError> {

@@ -26,24 +26,30 @@ use crate::signing::{self, Signer};
 struct Cli {
     #[command(flatten)]
     common: Common,
+    #[command(flatten)]
+    serve: ServeArguments,
     #[command(subcommand)]
     command: Option<Command>,
 }
 
 #[derive(Clone, Debug, clap::Args)]
 struct Common {
-    /// The configuration file [default: /etc/peernix/peernix.toml, if it exists]
-    #[arg(long, value_name = "FILE", env = "PEERNIX_CONFIG", global = true)]
+    /// The configuration file [default: $PEERNIX_CONFIG, else /etc/peernix/peernix.toml, if it exists]
+    #[arg(long, value_name = "FILE", global = true)]
     config: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Default, clap::Args)]
+struct ServeArguments {
     /// An address to listen on, in the place of those that http.listen names; may be given several times
-    #[arg(long, value_name = "ADDRESS:PORT", global = true)]
+    #[arg(long, value_name = "ADDRESS:PORT")]
     listen: Vec<SocketAddr>,
 }
 
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve the local store (what `peernix` does without a command)
-    Serve,
+    Serve(ServeArguments),
     /// Show that it works here: two throwaway stores, and a real copy from one into the other
     Try,
     /// Check the configuration and the keys that it names
@@ -86,11 +92,31 @@ pub fn run() -> ExitCode {
     };
     match dispatch(cli) {
         Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads our output has read enough.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            let _ = writeln!(std::io::stderr(), "peernix: {error:#}");
+            let _ = writeln!(std::io::stderr(), "peernix: {}", one_line(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.root_cause().downcast_ref::<std::io::Error>();
+    io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// An error with its causes, each said once.
+fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(|cause| cause.to_string().replace('\n', " ")) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line
 }
 
 fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> {
@@ -98,8 +124,15 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> 
 }
 
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
-    match cli.command.unwrap_or(Command::Serve) {
-        Command::Serve => serve::serve(config(&cli.common)?),
+    match cli.command.unwrap_or(Command::Serve(ServeArguments::default())) {
+        Command::Serve(arguments) => {
+            let mut config = config(&cli.common)?;
+            let listen = [cli.serve.listen, arguments.listen].concat();
+            if !listen.is_empty() {
+                config.http.listen = listen;
+            }
+            serve::serve(config)
+        }
         Command::Try => try_out::try_out(),
         Command::CheckConfig => check_config(&cli.common),
         Command::Key(KeyCommand::Generate { name, to }) => generate_key(&name, to),
@@ -115,11 +148,8 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
 }
 
 fn config(common: &Common) -> anyhow::Result<Config> {
-    let mut config = Config::load(common.config.as_deref())?;
-    if !common.listen.is_empty() {
-        config.http.listen.clone_from(&common.listen);
-    }
-    Ok(config)
+    let variable = || std::env::var_os("PEERNIX_CONFIG").filter(|value| !value.is_empty()).map(PathBuf::from);
+    Ok(Config::load(common.config.clone().or_else(variable).as_deref())?)
 }
 
 fn check_config(common: &Common) -> anyhow::Result<()> {
@@ -128,6 +158,9 @@ fn check_config(common: &Common) -> anyhow::Result<()> {
     logging::filter(&config.log)?;
     let mut out = std::io::stdout().lock();
     writeln!(out, "the configuration is good")?;
+    if signer.public_keys().is_empty() {
+        writeln!(out, "signs with a key of its own, which is made in the state folder at first start")?;
+    }
     for key in signer.public_keys() {
         writeln!(out, "signs as {}", public_key_text(&key))?;
     }

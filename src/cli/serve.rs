@@ -1,5 +1,7 @@
 //! `peernix serve`: the daemon as a process, from its start to the signal that ends it.
 
+use std::time::Duration;
+
 use anyhow::Context as _;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::signal::unix::{Signal, SignalKind, signal};
@@ -12,18 +14,26 @@ pub(super) fn serve(config: Config) -> anyhow::Result<()> {
     logging::start(&config.log)?;
     raise_descriptor_limit();
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    runtime.context("the runtime can't be started")?.block_on(run(config))
+    let runtime = runtime.context("the runtime can't be started")?;
+    let done = runtime.block_on(run(config));
+    // A read from a disk that does not answer must not keep the process.
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    done
 }
 
 async fn run(config: Config) -> anyhow::Result<()> {
     let mut terminate = on(SignalKind::terminate())?;
     let mut interrupt = on(SignalKind::interrupt())?;
+    let mut hangup = on(SignalKind::hangup())?;
     let daemon = Daemon::start(&config).await?;
     // Without systemd there is nobody to tell, and that is fine.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => tracing::info!("the configuration is read at start: restart to apply changes"),
+        }
     }
     let drain_time = config.http.drain_time;
     tracing::info!(

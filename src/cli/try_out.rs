@@ -37,13 +37,6 @@ in builtins.foldl' link data (builtins.genList (n: n + 1) 24)
 "#;
 
 pub(super) fn try_out() -> anyhow::Result<()> {
-    for program in ["nix-store", "nix-build"] {
-        let found = Command::new(program).arg("--version").output();
-        ensure!(
-            found.is_ok_and(|output| output.status.success()),
-            "{program} was not found: install Nix first (on Debian: apt-get install nix-bin)"
-        );
-    }
     let folder = tempfile::Builder::new().prefix("peernix-try-").tempdir();
     let folder = folder.context("no temporary folder can be made")?;
     let trial = Trial { folder: folder.path().to_owned() };
@@ -60,6 +53,10 @@ struct Trial {
 
 impl Trial {
     fn run(&self) -> anyhow::Result<String> {
+        for store in ["first", "second"] {
+            std::fs::create_dir(self.folder.join(store)).context("a store can't be made")?;
+        }
+        self.check_nix()?;
         say("building a closure in the first store");
         let path = self.build()?;
         let closure = lines(self.nix("nix-store", "first").args(["--query", "--requisites", &path]))?;
@@ -92,6 +89,19 @@ impl Trial {
         succeed(self.nix("nix-store", "second").arg("--verify-path").args(&copied))?;
         runtime.block_on(async { tokio::join!(first.shutdown(), second.shutdown()) });
         Ok(report(closure.len(), bytes, took))
+    }
+
+    /// That Nix is here. On a store of our own: this user may have no right to the machine's.
+    fn check_nix(&self) -> anyhow::Result<()> {
+        for program in ["nix-store", "nix-build"] {
+            match self.nix(program, "first").arg("--version").output() {
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    bail!("{program} was not found: install Nix first (on Debian: apt-get install nix-bin)");
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     fn build(&self) -> anyhow::Result<String> {

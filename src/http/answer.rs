@@ -5,7 +5,7 @@
 
 use axum::body::Body;
 use bytes::Bytes;
-use hyper::header::{ALLOW, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use hyper::{Response, StatusCode};
 
 use crate::resolve::ResolveError;
@@ -19,6 +19,8 @@ pub(super) enum Refused {
     NotFound,
     /// It could not be found out.
     Failed(ResolveError),
+    /// Too much is under way already.
+    Busy,
     /// `http.allow` does not have the address.
     NotAllowed,
     /// More requests than `limits.requests_per_second`; the next one is welcome in so many seconds.
@@ -40,7 +42,7 @@ impl Refused {
         let (status, text) = match &self {
             Self::Malformed => (StatusCode::NOT_FOUND, "no such file in a binary cache\n"),
             Self::NotFound => (StatusCode::NOT_FOUND, "not here\n"),
-            Self::Failed(_) => (StatusCode::NOT_FOUND, "not to be had right now\n"),
+            Self::Failed(_) | Self::Busy => (StatusCode::NOT_FOUND, "not to be had right now\n"),
             Self::NotAllowed => (StatusCode::FORBIDDEN, "http.allow does not have your address\n"),
             Self::TooMany(_) => (StatusCode::TOO_MANY_REQUESTS, "too many requests\n"),
             Self::Method => (StatusCode::METHOD_NOT_ALLOWED, "this cache can only be read\n"),
@@ -60,7 +62,11 @@ impl Refused {
                     headers.insert(hyper::header::CONTENT_RANGE, value);
                 }
             }
-            Self::Malformed | Self::NotFound | Self::Failed(_) | Self::NotAllowed => {}
+            // Strangers are few at a time; whoever is told no has no reason to stay.
+            Self::NotAllowed => {
+                headers.insert(CONNECTION, HeaderValue::from_static("close"));
+            }
+            Self::Malformed | Self::NotFound | Self::Failed(_) | Self::Busy => {}
         }
         answer
     }

@@ -3,6 +3,7 @@
 //! The files of the cache are parsed here by hand (their names are not paths of segments); the pages for people and
 //! machines go through axum's router.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
@@ -10,8 +11,9 @@ use std::time::Instant;
 use axum::body::Body;
 use axum::extract::State;
 use axum::routing::get;
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, HeaderMap};
+use hyper::header::{ACCEPT, HOST, HeaderMap};
 use hyper::{Method, Request, Response, StatusCode};
 use tower::ServiceExt as _;
 use tracing::Instrument as _;
@@ -24,7 +26,10 @@ use super::counted_body::CountedBody;
 use super::gate::Admitted;
 use crate::metrics::{Metrics, Route};
 use crate::nix::cache_url::CacheUrl;
-use crate::resolve::{Resolver, StoreState};
+use crate::resolve::{ResolveError, Resolver, StoreState};
+
+/// Lines a second that failed requests may write to the log.
+const COMPLAINTS: NonZeroU32 = NonZeroU32::MIN;
 
 /// What answers requests; one for all connections.
 #[derive(Clone, Debug)]
@@ -33,6 +38,7 @@ pub(super) struct App {
     pages: axum::Router,
     metrics: Metrics,
     requests: Arc<AtomicU64>,
+    complaints: Arc<DefaultDirectRateLimiter>,
 }
 
 #[derive(Clone)]
@@ -46,11 +52,14 @@ impl App {
         let files = CacheFiles::new(resolver.clone(), options, metrics.http.clone());
         let pages = axum::Router::new()
             .route("/", get(welcome))
+            .route("/nix-cache", get(welcome))
+            .route("/nix-cache/", get(welcome))
             .route("/health", get(health))
             .route("/metrics", get(metrics_page))
             .route("/public-key", get(public_key))
             .with_state(Pages { resolver, metrics: metrics.clone() });
-        Self { files, pages, metrics, requests: Arc::default() }
+        let complaints = Arc::new(RateLimiter::direct(Quota::per_second(COMPLAINTS)));
+        Self { files, pages, metrics, requests: Arc::default(), complaints }
     }
 
     /// Answers one request. Never fails: whatever goes wrong is an answer too.
@@ -62,8 +71,9 @@ impl App {
     ) -> Response<CountedBody> {
         let began = Instant::now();
         activity.request_began();
-        let (method, url) =
-            (request.method().clone(), CacheUrl::parse(request.uri().path(), request.uri().query()));
+        let id = self.requests.fetch_add(1, Ordering::Relaxed);
+        let (method, uri) = (request.method().clone(), request.uri().clone());
+        let url = CacheUrl::parse(uri.path(), uri.query());
         let route = url.as_ref().map_or(Route::Unknown, route);
         let readable = method == Method::GET || method == Method::HEAD;
         let (route, answer) = if !client.is_allowed {
@@ -75,13 +85,22 @@ impl App {
         } else if let Some(answer) = url.as_ref().and_then(|url| self.files.at_once(url)) {
             (route, answer)
         } else {
-            let id = self.requests.fetch_add(1, Ordering::Relaxed);
-            let span = tracing::info_span!("request", id, client = %client.address, %method, path = request.uri().path());
-            self.answer_slowly(request, url, route).instrument(span).await
+            let span =
+                tracing::info_span!("request", id, client = %client.address, %method, path = uri.path());
+            self.answer_slowly(request, url, route, client).instrument(span).await
         };
-        let status = answer.status();
-        tracing::debug!(client = %client.address, ?route, status = status.as_u16(), elapsed_us = began.elapsed().as_micros(), "answered");
-        self.metrics.http.request(route, status.as_u16(), began.elapsed().as_secs_f64());
+        let status = answer.status().as_u16();
+        let elapsed = began.elapsed();
+        tracing::debug!(
+            request.id = id,
+            client = %client.address,
+            %method,
+            path = uri.path(),
+            status,
+            elapsed_us = elapsed.as_micros(),
+            "answered"
+        );
+        self.metrics.http.request(route, status, elapsed.as_secs_f64());
         answer.map(|body| CountedBody::new(body, route, self.metrics.http.clone(), activity))
     }
 
@@ -90,18 +109,29 @@ impl App {
         request: Request<Incoming>,
         url: Option<CacheUrl>,
         route: Route,
+        client: &Admitted,
     ) -> (Route, Response<Body>) {
         let Some(url) = url else { return self.page(request).await };
-        let answer = match self.files.answer(request.method(), &url, request.headers()).await {
+        let answer = match self.files.answer(request.method(), &url, request.headers(), client).await {
             Ok(answer) => answer,
             Err(refused) => {
                 if let Refused::Failed(error) = &refused {
-                    tracing::warn!(%error, "answered with 404");
+                    self.complain(error);
                 }
                 refused.into_answer()
             }
         };
         (route, answer)
+    }
+
+    /// Says why a request failed, but not a thousand times a second: a client must not fill our log.
+    fn complain(&self, error: &ResolveError) {
+        // The store says itself, once, that it can't be asked.
+        if error.is_known() || self.complaints.check().is_err() {
+            tracing::debug!(%error, "answered with 404");
+        } else {
+            tracing::warn!(%error, "answered with 404");
+        }
     }
 
     async fn page(&self, request: Request<Incoming>) -> (Route, Response<Body>) {
@@ -113,11 +143,14 @@ impl App {
     }
 }
 
-async fn welcome(State(pages): State<Pages>) -> Response<Body> {
+async fn welcome(State(pages): State<Pages>, headers: HeaderMap) -> Response<Body> {
+    // The port that the reader has come to, whichever of ours that is.
+    let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let port = host.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok()).unwrap_or(80);
     let text = format!(
         "peernix {}: a binary cache for Nix made of the machines on this LAN.\n\
          The local Nix asks it with this line in nix.conf:\n\
-         \n    extra-substituters = http://127.0.0.1:9999/nix-cache\n\n\
+         \n    extra-substituters = http://127.0.0.1:{port}/nix-cache\n\n\
          What is built on this host is trusted where its key is:\n\
          \n    extra-trusted-public-keys = {}\n\n\
          /health  /metrics  /public-key  /nix-cache-info\n",
@@ -128,16 +161,12 @@ async fn welcome(State(pages): State<Pages>) -> Response<Body> {
 }
 
 async fn health(State(pages): State<Pages>) -> Response<Body> {
-    let store = match &*pages.resolver.store().state().borrow() {
-        StoreState::Starting => "starting".to_owned(),
-        StoreState::Serving => "serving".to_owned(),
-        StoreState::Unavailable(error) => format!("unavailable: {error}"),
+    let (status, store) = match &*pages.resolver.store().state().borrow() {
+        StoreState::Starting => ("starting", "starting".to_owned()),
+        StoreState::Serving => ("ok", "serving".to_owned()),
+        StoreState::Unavailable(error) => ("degraded", format!("unavailable: {error}")),
     };
-    let line = serde_json::json!({
-        "status": "ok",
-        "version": env!("CARGO_PKG_VERSION"),
-        "store": store,
-    });
+    let line = serde_json::json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "store": store });
     found("application/json", format!("{line}\n").into())
 }
 

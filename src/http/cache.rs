@@ -6,9 +6,11 @@ use hyper::header::{
     ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE,
 };
 use hyper::{Method, Response, StatusCode};
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::Options;
 use super::answer::{Refused, found};
+use super::gate::Admitted;
 use super::nar_body::NarBody;
 use super::range::{self, Wanted};
 use crate::metrics::{HttpMetrics, Route};
@@ -61,13 +63,20 @@ impl CacheFiles {
         method: &Method,
         url: &CacheUrl,
         headers: &HeaderMap,
+        client: &Admitted,
     ) -> Result<Response<Body>, Refused> {
         let (kind, body) = match url {
             CacheUrl::CacheInfo => ("text/x-nix-cache-info", Some(self.cache_info.clone())),
             CacheUrl::NarInfo(hash) => (NARINFO, self.resolver.narinfo(hash).await?),
-            CacheUrl::Nar(url) => return self.nar(method, url, headers).await,
-            CacheUrl::Listing(hash) => ("application/json", self.resolver.listing(hash).await?),
-            CacheUrl::Log(path) => ("text/plain; charset=utf-8", self.resolver.log(path).await?),
+            CacheUrl::Nar(url) => return self.nar(method, url, headers, client).await,
+            CacheUrl::Listing(hash) => {
+                let place = client.heavy_work().await.ok_or(Refused::Busy)?;
+                return whole("application/json", self.resolver.listing(hash).await?, place);
+            }
+            CacheUrl::Log(path) => {
+                let place = client.heavy_work().await.ok_or(Refused::Busy)?;
+                return whole("text/plain; charset=utf-8", self.resolver.log(path).await?, place);
+            }
         };
         body.map(|body| found(kind, body)).ok_or(Refused::NotFound)
     }
@@ -77,13 +86,14 @@ impl CacheFiles {
         method: &Method,
         url: &NarUrl,
         headers: &HeaderMap,
+        client: &Admitted,
     ) -> Result<Response<Body>, Refused> {
         let nar = self.resolver.nar(url).await?.ok_or(Refused::NotFound)?;
         let (len, tag) = (nar.info().nar_size, format!("\"{}\"", nar.info().nar_hash.to_base32()));
-        let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
         // A range of another NAR than the one the client began with would be of no use to it.
-        let same = text(IF_RANGE).is_none_or(|wanted| wanted == tag);
-        let (status, range) = match range::parse(text(RANGE).filter(|_| same), len) {
+        let same = headers.get(IF_RANGE).is_none_or(|wanted| wanted.as_bytes() == tag.as_bytes());
+        let wanted = headers.get(RANGE).filter(|_| same && method == Method::GET);
+        let (status, range) = match range::parse(wanted.and_then(|range| range.to_str().ok()), len) {
             Wanted::All => (StatusCode::OK, 0..len),
             Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
             Wanted::Unsatisfiable => return Err(Refused::Range(len)),
@@ -91,7 +101,10 @@ impl CacheFiles {
         let body = if method == Method::HEAD {
             Body::empty()
         } else {
+            // Only until the tree is laid out: a slow reader of a NAR holds a buffer, and no place.
+            let place = client.heavy_work().await.ok_or(Refused::Busy)?;
             let stream = nar.stream(range.clone()).await?;
+            drop(place);
             Body::new(NarBody::new(stream, nar.info().store_path.clone(), self.metrics.clone()))
         };
         let mut answer = Response::new(body);
@@ -109,4 +122,23 @@ impl CacheFiles {
         }
         Ok(answer)
     }
+}
+
+/// A body that is whole in memory; its place is free when it was sent.
+fn whole(
+    kind: &'static str,
+    body: Option<Bytes>,
+    place: OwnedSemaphorePermit,
+) -> Result<Response<Body>, Refused> {
+    struct Held {
+        bytes: Bytes,
+        _place: OwnedSemaphorePermit,
+    }
+    impl AsRef<[u8]> for Held {
+        fn as_ref(&self) -> &[u8] {
+            &self.bytes
+        }
+    }
+    let bytes = body.ok_or(Refused::NotFound)?;
+    Ok(found(kind, Bytes::from_owner(Held { bytes, _place: place })))
 }

@@ -6,26 +6,54 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use dashmap::DashMap;
 use governor::clock::{Clock as _, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use ipnet::IpNet;
 
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
 use super::{Limits, Options};
 use crate::metrics::Refusal;
+
+/// Layouts, listings and logs that one class of clients may have in the making or in memory.
+const HEAVY: usize = 8;
+/// How long a request waits for its place among them; then it is 404.
+const HEAVY_WAIT: Duration = Duration::from_secs(5);
+/// Connections that are held open with those who get nothing but 403.
+const STRANGERS: usize = 32;
+/// Descriptors that are kept for listeners, logs, nix-store and the local Nix.
+const RESERVED_DESCRIPTORS: usize = 192;
 
 /// Decides who may come in. One for all listeners.
 #[derive(Debug)]
 pub(super) struct Gate {
     allow: Vec<IpNet>,
-    connections: usize,
     per_address: usize,
-    from_loopback: AtomicUsize,
-    from_others: AtomicUsize,
+    loopback: Class,
+    others: Class,
+    /// Addresses that `http.allow` does not have: they get their 403, and never the place of one that it has.
+    strangers: Class,
     addresses: DashMap<IpAddr, usize>,
     rate: Option<DefaultKeyedRateLimiter<IpAddr>>,
     clock: DefaultClock,
+}
+
+/// Clients that share a bound.
+#[derive(Debug)]
+struct Class {
+    connections: usize,
+    open: AtomicUsize,
+    heavy: Arc<Semaphore>,
+}
+
+impl Class {
+    fn new(connections: usize) -> Self {
+        Self { connections, open: AtomicUsize::new(0), heavy: Arc::new(Semaphore::new(HEAVY)) }
+    }
 }
 
 /// A connection that came in; dropping it makes room for the next.
@@ -44,12 +72,13 @@ impl Gate {
             Quota::per_second(rate)
                 .allow_burst(rate.saturating_mul(std::num::NonZeroU32::MIN.saturating_add(1)))
         };
+        let others = affordable(limits.connections);
         Self {
             allow: options.allow.clone(),
-            connections: limits.connections,
             per_address: limits.connections_per_address,
-            from_loopback: AtomicUsize::new(0),
-            from_others: AtomicUsize::new(0),
+            loopback: Class::new(limits.connections),
+            others: Class::new(others),
+            strangers: Class::new(STRANGERS),
             addresses: DashMap::new(),
             rate: limits.rate().map(|rate| RateLimiter::keyed(quota(rate))),
             clock: DefaultClock::default(),
@@ -59,20 +88,20 @@ impl Gate {
     /// Lets a connection in, or says which limit is reached.
     pub(super) fn admit(self: &Arc<Self>, address: IpAddr) -> Result<Admitted, Refusal> {
         let address = address.to_canonical();
-        let all = self.all(address);
-        if all.fetch_add(1, Ordering::Relaxed) >= self.connections {
-            all.fetch_sub(1, Ordering::Relaxed);
+        let is_allowed = self.allow.iter().any(|network| network.contains(&address));
+        let class = self.class(address, is_allowed);
+        if class.open.fetch_add(1, Ordering::Relaxed) >= class.connections {
+            class.open.fetch_sub(1, Ordering::Relaxed);
             return Err(Refusal::Connections);
         }
         if !address.is_loopback() {
             let mut open = self.addresses.entry(address).or_insert(0);
             if *open >= self.per_address {
-                all.fetch_sub(1, Ordering::Relaxed);
+                class.open.fetch_sub(1, Ordering::Relaxed);
                 return Err(Refusal::Address);
             }
             *open += 1;
         }
-        let is_allowed = self.allow.iter().any(|network| network.contains(&address));
         Ok(Admitted { gate: Arc::clone(self), address, is_allowed })
     }
 
@@ -84,12 +113,40 @@ impl Gate {
         }
     }
 
-    fn all(&self, address: IpAddr) -> &AtomicUsize {
-        if address.is_loopback() { &self.from_loopback } else { &self.from_others }
+    fn class(&self, address: IpAddr, is_allowed: bool) -> &Class {
+        match (address.is_loopback(), is_allowed) {
+            (_, false) => &self.strangers,
+            (true, true) => &self.loopback,
+            (false, true) => &self.others,
+        }
     }
 }
 
+/// As many connections as there are descriptors for: each may need one for its socket and two for files, and the local
+/// Nix needs some too.
+fn affordable(wanted: usize) -> usize {
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let Some(descriptors) = descriptors.and_then(|limit| usize::try_from(limit).ok()) else { return wanted };
+    let affordable = (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / 3).max(1);
+    if affordable < wanted {
+        tracing::warn!(
+            affordable,
+            wanted,
+            descriptors,
+            "fewer connections than limits.connections: the limit of open files is low (LimitNOFILE)"
+        );
+    }
+    wanted.min(affordable)
+}
+
 impl Admitted {
+    /// Waits for a place to do what takes memory or a walk through a tree. `None`: none became free in time. The local
+    /// Nix has places of its own.
+    pub(super) async fn heavy_work(&self) -> Option<OwnedSemaphorePermit> {
+        let places = Arc::clone(&self.gate.class(self.address, self.is_allowed).heavy);
+        timeout(HEAVY_WAIT, places.acquire_owned()).await.ok()?.ok()
+    }
+
     /// Counts a request; too many of them get the seconds after which the next one is welcome.
     pub(super) fn count_request(&self) -> Result<(), u64> {
         let Some(rate) = self.gate.rate.as_ref().filter(|_| !self.address.is_loopback()) else {
@@ -104,7 +161,7 @@ impl Admitted {
 
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.gate.all(self.address).fetch_sub(1, Ordering::Relaxed);
+        self.gate.class(self.address, self.is_allowed).open.fetch_sub(1, Ordering::Relaxed);
         if !self.address.is_loopback() {
             self.gate.addresses.remove_if_mut(&self.address, |_, open| {
                 *open -= 1;
@@ -137,7 +194,7 @@ mod tests {
         assert!(gate.admit(two).is_ok());
         drop((open, local));
         assert!(gate.addresses.is_empty());
-        assert_eq!(gate.from_others.load(Ordering::Relaxed), 0);
+        assert_eq!(gate.others.open.load(Ordering::Relaxed), 0);
     }
 
     #[test]

@@ -54,6 +54,14 @@ impl Options {
         if self.listen.is_empty() {
             return Err("http.listen: has to name one address at least".to_owned());
         }
+        let repeated = self
+            .listen
+            .iter()
+            .enumerate()
+            .find(|(at, address)| address.port() != 0 && self.listen[..*at].contains(address));
+        if let Some((_, address)) = repeated {
+            return Err(format!("http.listen: names {address} twice"));
+        }
         if self.drain_time > Duration::from_secs(3600) {
             return Err("http.drain_time: has to be 0s to 1h".to_owned());
         }

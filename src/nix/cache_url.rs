@@ -3,6 +3,8 @@
 //! Pure, and before any I/O: whatever is not exactly one of the forms below is nobody's file. A URL that a peer's
 //! narinfo gives is never followed; ours are rebuilt from the hashes that were parsed.
 
+use percent_encoding::percent_decode_str;
+
 use super::{NarHash, StorePath, StorePathHash};
 
 /// What a request asks for.
@@ -35,12 +37,29 @@ pub fn nar_path(hash: &StorePathHash, nar_hash: &NarHash) -> String {
     format!("nar/{hash}-{}.nar", nar_hash.to_base32())
 }
 
+/// The path of a NAR below a peer's cache, rebuilt from the URL that the peer's narinfo gives. `None`: that URL is none of
+/// the forms that are known, or of another NAR. Nothing of the given text is kept.
+#[must_use]
+pub fn rebuilt_nar_path(given: &str, hash: &StorePathHash, nar_hash: &NarHash) -> Option<String> {
+    let (path, query) = given.split_once('?').map_or((given, None), |(path, query)| (path, Some(query)));
+    let CacheUrl::Nar(url) = CacheUrl::parse(&format!("/{path}"), query)? else { return None };
+    if url.hash != *hash || url.nar_hash.is_some_and(|given| given != *nar_hash) {
+        return None;
+    }
+    Some(match (path.starts_with("nar/"), query, url.nar_hash) {
+        (true, Some(_), _) if !path.contains('-') => format!("nar/{}.nar?hash={hash}", nar_hash.to_base32()),
+        (true, ..) => nar_path(hash, nar_hash),
+        (false, _, Some(_)) => format!("{hash}-{}.nar", nar_hash.to_base32()),
+        (false, _, None) => format!("{hash}.nar"),
+    })
+}
+
 impl CacheUrl {
     /// Reads the path of a URL, with or without `/nix-cache/` in front. `None`: not a file of a binary cache.
     #[must_use]
     pub fn parse(path: &str, query: Option<&str>) -> Option<Self> {
-        let path = path.strip_prefix('/')?;
-        let path = path.strip_prefix("nix-cache/").unwrap_or(path);
+        let path = percent_decode_str(path.strip_prefix('/')?).decode_utf8().ok()?;
+        let path = path.strip_prefix("nix-cache/").unwrap_or(&path);
         if path == "nix-cache-info" {
             return Some(Self::CacheInfo);
         }
@@ -110,6 +129,9 @@ mod tests {
     #[case::info("/nix-cache-info".to_owned(), None, Some(CacheUrl::CacheInfo))]
     #[case::log(format!("/log/{HASH}-a.drv"), None,
         Some(CacheUrl::Log(StorePath::from_basename(format!("{HASH}-a.drv").as_bytes()).unwrap())))]
+    #[case::escaped(format!("/log/{HASH}%2Da%2B.drv"), None,
+        Some(CacheUrl::Log(StorePath::from_basename(format!("{HASH}-a+.drv").as_bytes()).unwrap())))]
+    #[case::escaped_slash(format!("/log%2F..%2F{HASH}-a.drv"), None, None)]
     #[case::log_of_an_output(format!("/log/{HASH}-a"), None, None)]
     #[case::traversal("/log/../../etc/passwd.drv".to_owned(), None, None)]
     #[case::twice(format!("/nix-cache/nix-cache/{HASH}.narinfo"), None, None)]
@@ -119,6 +141,30 @@ mod tests {
         #[case] expected: Option<CacheUrl>,
     ) {
         assert_eq!(CacheUrl::parse(&path, query.as_deref()), expected);
+    }
+
+    #[test]
+    fn the_url_of_a_peer_is_rebuilt_and_a_strange_one_is_refused() {
+        let (part, nar_hash) = (hash(HASH).unwrap(), NarHash::parse_base32(NAR_HASH.as_bytes()).unwrap());
+        let rebuilt = |given: &str| rebuilt_nar_path(given, &part, &nar_hash);
+        for form in [
+            format!("nar/{HASH}-{NAR_HASH}.nar"),
+            format!("{HASH}-{NAR_HASH}.nar"),
+            format!("{HASH}.nar"),
+            format!("nar/{NAR_HASH}.nar?hash={HASH}"),
+        ] {
+            assert_eq!(rebuilt(&form), Some(form.clone()), "{form}");
+        }
+        let other = "1".repeat(52);
+        for strange in [
+            "http://10.0.0.1/x.nar".to_owned(),
+            "../../etc/passwd.nar".to_owned(),
+            format!("nar/{HASH}-{other}.nar"),
+            format!("//elsewhere/nar/{HASH}-{NAR_HASH}.nar"),
+            format!("nar/{NAR_HASH}.nar.xz"),
+        ] {
+            assert_eq!(rebuilt(&strange), None, "{strange}");
+        }
     }
 
     proptest! {

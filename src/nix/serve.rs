@@ -44,9 +44,22 @@ pub enum ReadError {
         /// What is allowed.
         bound: u64,
     },
-    /// Padding that is not zero, a path outside of the store, a hash that is none.
-    #[error("{0}")]
-    Malformed(String),
+    /// Padding that is not zero: the reading is out of step.
+    #[error("padding that is not zero")]
+    Padding,
+}
+
+/// What is told of one path: its facts, or why they are not understood.
+pub type Told = Result<PathInfo, Misunderstood>;
+
+/// A path with facts that are not understood: a name or hash of a kind that is not known here.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("what nix-store says of {path} is not understood: {why}")]
+pub struct Misunderstood {
+    /// The path.
+    pub path: String,
+    /// What is wrong with it.
+    pub why: String,
 }
 
 /// The greeting that opens the conversation.
@@ -130,37 +143,44 @@ impl<'a> Reader<'a> {
         if version < OLDEST_SERVER { Err(ReadError::Version(version)) } else { Ok(version) }
     }
 
-    /// The answer to [`query_valid_paths`].
+    /// The answer to [`query_valid_paths`]. Paths whose names are not understood are left out.
     pub fn valid_paths(&mut self) -> Result<BTreeSet<StorePath>, ReadError> {
-        self.paths()
+        let paths = self.strings()?;
+        Ok(paths.into_iter().filter_map(|path| self.to_path(path).ok()).collect())
     }
 
-    /// One element of the answer to [`query_path_infos`]; `None` is its end.
-    pub fn path_info(&mut self) -> Result<Option<PathInfo>, ReadError> {
+    /// One element of the answer to [`query_path_infos`]; `None` is its end. All of it is read before any of it is
+    /// understood: a value that is not understood concerns one path, a length that is not ends the conversation.
+    pub fn path_info(&mut self) -> Result<Option<Told>, ReadError> {
         let path = self.string()?;
         if path.is_empty() {
             return Ok(None);
         }
-        let store_path = self.to_path(path)?;
-        let deriver = match self.string()? {
-            b"" => None,
-            path => Some(self.to_path(path)?),
-        };
-        let references = self.paths()?;
+        let deriver = self.string()?;
+        let references = self.strings()?;
         let _download_size = self.u64()?;
         let nar_size = self.u64()?;
-        let nar_hash = NarHash::parse(&self.text()?)
-            .map_err(|error| ReadError::Malformed(format!("NAR hash: {error}")))?;
-        let ca = self.text()?;
-        // A content address of a kind that we do not know proves nothing to us: as if there were none.
-        let ca = CAHash::parse(&ca).ok();
-        let count = self.length(MAX_ELEMENTS)?;
-        let mut signatures = Vec::new();
-        for _ in 0..count {
-            // Nix stores whatever it was given; what is not `name:base64` can't vouch for anything.
-            signatures.extend(Signature::parse(&self.text()?).ok());
-        }
-        Ok(Some(PathInfo { store_path, nar_hash, nar_size, references, deriver, signatures, ca }))
+        let nar_hash = self.string()?;
+        let ca = self.string()?;
+        let signatures = self.strings()?;
+        let understand = || {
+            let nar_hash = std::str::from_utf8(nar_hash).map_err(|error| error.to_string())?;
+            Ok(PathInfo {
+                store_path: self.to_path(path)?,
+                nar_hash: NarHash::parse(nar_hash).map_err(|error| error.to_string())?,
+                nar_size,
+                references: references.iter().map(|path| self.to_path(path)).collect::<Result<_, _>>()?,
+                deriver: if deriver.is_empty() { None } else { Some(self.to_path(deriver)?) },
+                // Nix stores whatever it was given; what is not `name:base64` can't vouch for anything.
+                signatures: signatures.iter().filter_map(|text| signature(text)).collect(),
+                // A content address of a kind that we do not know proves nothing to us: as if there were none.
+                ca: std::str::from_utf8(ca).ok().and_then(|ca| CAHash::parse(ca).ok()),
+            })
+        };
+        Ok(Some(understand().map_err(|why: String| {
+            let path = String::from_utf8_lossy(path).into_owned();
+            Misunderstood { path, why }
+        })))
     }
 
     fn u64(&mut self) -> Result<u64, ReadError> {
@@ -186,31 +206,24 @@ impl<'a> Reader<'a> {
         self.at += padded;
         let (string, padding) = bytes.split_at(length);
         if padding.iter().any(|&byte| byte != 0) {
-            return Err(ReadError::Malformed("padding that is not zero".to_owned()));
+            return Err(ReadError::Padding);
         }
         Ok(string)
     }
 
-    fn text(&mut self) -> Result<String, ReadError> {
-        String::from_utf8(self.string()?.to_vec())
-            .map_err(|_| ReadError::Malformed("a text that is not UTF-8".to_owned()))
-    }
-
-    fn paths(&mut self) -> Result<BTreeSet<StorePath>, ReadError> {
+    fn strings(&mut self) -> Result<Vec<&'a [u8]>, ReadError> {
         let count = self.length(MAX_ELEMENTS)?;
-        let mut paths = BTreeSet::new();
-        for _ in 0..count {
-            let path = self.string()?;
-            paths.insert(self.to_path(path)?);
-        }
-        Ok(paths)
+        (0..count).map(|_| self.string()).collect()
     }
 
-    fn to_path(&self, path: &[u8]) -> Result<StorePath, ReadError> {
-        self.store_dir
-            .parse_path(path)
-            .map_err(|error| ReadError::Malformed(format!("{:?}: {error}", String::from_utf8_lossy(path))))
+    fn to_path(&self, path: &[u8]) -> Result<StorePath, String> {
+        let told = |error| format!("{:?}: {error}", String::from_utf8_lossy(path));
+        self.store_dir.parse_path(path).map_err(told)
     }
+}
+
+fn signature(text: &[u8]) -> Option<Signature> {
+    Signature::parse(std::str::from_utf8(text).ok()?).ok()
 }
 
 #[cfg(test)]
@@ -249,6 +262,30 @@ mod tests {
         assert!(matches!(reader.hello(), Err(ReadError::Magic(_))));
     }
 
+    #[test]
+    fn a_value_that_is_not_understood_concerns_its_path_alone() {
+        let dir = StoreDir::default();
+        let mut bytes = Vec::new();
+        // Nix 2.8 allows a name that begins with dots; nix-derivation does not.
+        let odd = format!("/nix/store/{}-..-x", "0".repeat(32));
+        for text in [&*format!("/nix/store/{}-good", "1".repeat(32)), ""] {
+            put(&mut bytes, text);
+        }
+        put_u64(&mut bytes, 1);
+        put(&mut bytes, &odd);
+        for _ in 0..2 {
+            put_u64(&mut bytes, 120);
+        }
+        put(&mut bytes, "sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73");
+        put(&mut bytes, "");
+        put_u64(&mut bytes, 0);
+        put(&mut bytes, "");
+        let mut reader = Reader::new(&bytes, &dir);
+        let told = reader.path_info().unwrap().unwrap().unwrap_err();
+        assert!(told.to_string().contains("..-x"), "{told}");
+        assert_eq!(reader.path_info().unwrap(), None);
+    }
+
     proptest! {
         #[test]
         fn path_infos_are_read_wherever_the_bytes_are_cut(
@@ -259,7 +296,7 @@ mod tests {
             put(&mut bytes, "");
             let mut reader = Reader::new(&bytes, &dir);
             for info in &infos {
-                prop_assert_eq!(reader.path_info().unwrap(), Some(info.clone()));
+                prop_assert_eq!(reader.path_info().unwrap(), Some(Ok(info.clone())));
             }
             prop_assert_eq!(reader.path_info().unwrap(), None);
             prop_assert_eq!(reader.consumed(), bytes.len());

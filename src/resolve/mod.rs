@@ -9,7 +9,7 @@ use thiserror::Error;
 
 use crate::nix::cache_url::NarUrl;
 use crate::nix::narinfo::{NarFile, NarInfo, NarInfoError, PathInfo};
-use crate::nix::{StorePath, StorePathHash, listing};
+use crate::nix::{StorePath, StorePathHash};
 use crate::signing::Signer;
 use crate::store::{KnownPath, Store, StoreError};
 pub use crate::store::{NarReadError, NarStream, StoreState};
@@ -23,6 +23,14 @@ pub enum ResolveError {
     /// What the store knows can't be put into a narinfo.
     #[error("no narinfo can be written: {0}")]
     NarInfo(#[from] NarInfoError),
+}
+
+impl ResolveError {
+    /// Whether the log says it already, where it began.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        matches!(self, Self::Store(StoreError::Unavailable(_) | StoreError::Busy(_) | StoreError::Closed))
+    }
 }
 
 /// Finds who can answer, and answers.
@@ -83,8 +91,7 @@ impl Resolver {
     /// The listing of a path, unless it has names that JSON can't say.
     pub async fn listing(&self, hash: &StorePathHash) -> Result<Option<Bytes>, ResolveError> {
         let Some(known) = self.store.path(hash).await? else { return Ok(None) };
-        let layout = self.store.layout(&known).await?;
-        Ok(listing::listing_json(&layout).map(Bytes::from))
+        Ok(self.store.listing(&known).await?.map(Bytes::from))
     }
 
     /// The build log of a derivation.

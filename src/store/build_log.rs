@@ -1,12 +1,14 @@
 //! Build logs, as Nix keeps them below its log directory: plain or packed with bzip2. Blocking.
 
-use std::fs::File;
 use std::io::{ErrorKind, Read};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 use thiserror::Error;
 
 use crate::nix::StorePath;
+
+const NONBLOCK: i32 = rustix::fs::OFlags::NONBLOCK.bits().cast_signed();
 
 /// Why a log that is there can't be given out.
 #[derive(Debug, Error)]
@@ -41,8 +43,11 @@ pub(super) fn read(
     for (suffix, packed) in [("", false), (".bz2", true)] {
         let path = directory.join(folder).join(format!("{rest}{suffix}"));
         let shown = path.display().to_string();
-        let file = match File::open(&path) {
-            Ok(file) => file,
+        // A pipe or a device in the place of a log would block for ever.
+        let mut options = std::fs::OpenOptions::new();
+        let file = match options.read(true).custom_flags(NONBLOCK).open(&path) {
+            Ok(file) if file.metadata().is_ok_and(|meta| meta.is_file()) => file,
+            Ok(_) => continue,
             Err(error) if error.kind() == ErrorKind::NotFound => continue,
             Err(source) => return Err(LogError::Io { path: shown, source }),
         };

@@ -22,6 +22,11 @@ use crate::nix::{StoreDir, StorePath};
 /// How long a process may take to end after it was asked to; then it is killed.
 const END_TIME: Duration = Duration::from_secs(2);
 
+/// The largest item of an answer, in bytes: what is told of a path with a hundred thousand references.
+const MAX_ITEM: usize = 16 * 1024 * 1024;
+/// The longest line of its stderr that is kept, in bytes.
+const MAX_LINE: u64 = 16 * 1024;
+
 /// Why `nix-store` can't be asked.
 #[derive(Debug, Error)]
 pub enum ChildError {
@@ -94,7 +99,10 @@ impl Child {
             store_dir: store_dir.clone(),
             query_timeout: options.query_timeout,
         };
-        child.exchange(&serve::hello(), |reader| reader.hello()).await?;
+        let Self { stdin, stdout, buffer, store_dir, .. } = &mut child;
+        let receive = item(stdout, buffer, store_dir, |reader| reader.hello());
+        let done = exchange(options.query_timeout, stdin, &serve::hello(), receive).await;
+        child.explain(done).await?;
         Ok(child)
     }
 
@@ -107,17 +115,23 @@ impl Child {
         let mut request = Vec::new();
         serve::query_valid_paths(&mut request, paths.iter(), &self.store_dir);
         serve::query_path_infos(&mut request, paths.iter(), &self.store_dir);
-        self.exchange(&request, |reader| {
-            let valid = reader.valid_paths()?;
+        let Self { stdin, stdout, buffer, store_dir, .. } = self;
+        let receive = async {
+            let valid = item(stdout, buffer, store_dir, |reader| reader.valid_paths()).await?;
             let mut infos = HashMap::with_capacity(valid.len());
-            while let Some(info) = reader.path_info()? {
-                if valid.contains(&info.store_path) {
-                    infos.insert(info.store_path.clone(), info);
+            while let Some(told) = item(stdout, buffer, store_dir, |reader| reader.path_info()).await? {
+                match told {
+                    Ok(info) if valid.contains(&info.store_path) => {
+                        infos.insert(info.store_path.clone(), info);
+                    }
+                    Ok(_) => {}
+                    Err(error) => tracing::debug!(%error, "a path is not served"),
                 }
             }
             Ok(infos)
-        })
-        .await
+        };
+        let done = exchange(self.query_timeout, stdin, &request, receive).await;
+        self.explain(done).await
     }
 
     /// Resolves when the process has ended by itself.
@@ -136,47 +150,75 @@ impl Child {
         }
     }
 
-    /// Sends a request and reads until its answer is there, within the deadline.
-    async fn exchange<T>(
-        &mut self,
-        request: &[u8],
-        read: impl Fn(&mut serve::Reader<'_>) -> Result<T, ReadError>,
-    ) -> Result<T, ChildError> {
-        let Self { stdin, stdout, buffer, store_dir, .. } = self;
-        // Both at once: each side's pipe may be full while the other still writes.
-        let send = async {
-            stdin.write_all(request).await?;
-            stdin.flush().await
-        };
-        let receive = async {
-            loop {
-                let mut reader = serve::Reader::new(buffer, store_dir);
-                match read(&mut reader) {
-                    Ok(answer) => {
-                        let consumed = reader.consumed();
-                        buffer.advance(consumed);
-                        return Ok(answer);
-                    }
-                    Err(ReadError::Incomplete) => {}
-                    Err(error) => return Err(Some(error)),
-                }
-                match stdout.read_buf(buffer).await {
-                    Ok(0) | Err(_) => return Err(None),
-                    Ok(_) => {}
-                }
-            }
-        };
-        let both = async { tokio::join!(send, receive).1 };
-        match timeout(self.query_timeout, both).await {
-            Ok(Ok(answer)) => Ok(answer),
-            Ok(Err(Some(error))) => Err(ChildError::Protocol(error)),
-            Ok(Err(None)) => {
-                // It says why on its way out.
+    /// An end of the pipe is told with what the process said on its way out.
+    async fn explain<T>(&mut self, done: Result<T, ExchangeError>) -> Result<T, ChildError> {
+        match done {
+            Ok(answer) => Ok(answer),
+            Err(ExchangeError::Read(error)) => Err(ChildError::Protocol(error)),
+            Err(ExchangeError::Timeout) => Err(ChildError::Timeout(self.query_timeout)),
+            Err(ExchangeError::Ended) => {
                 let _ = timeout(END_TIME, self.process.wait()).await;
                 self.complaint.drained().await;
                 Err(ChildError::Ended(self.complaint.latest()))
             }
-            Err(_) => Err(ChildError::Timeout(self.query_timeout)),
+        }
+    }
+
+    /// Whether the process is gone.
+    pub(super) fn is_gone(&mut self) -> bool {
+        !matches!(self.process.try_wait(), Ok(None))
+    }
+}
+
+/// Why a request got no answer.
+enum ExchangeError {
+    Ended,
+    Timeout,
+    Read(ReadError),
+}
+
+/// Sends a request while its answer is read: each side's pipe may be full while the other still writes.
+async fn exchange<T>(
+    within: Duration,
+    stdin: &mut ChildStdin,
+    request: &[u8],
+    receive: impl Future<Output = Result<T, ExchangeError>>,
+) -> Result<T, ExchangeError> {
+    let send = async {
+        // A pipe that is closed shows as the end of the answer.
+        let _ = stdin.write_all(request).await;
+        let _ = stdin.flush().await;
+    };
+    let both = async { tokio::join!(send, receive).1 };
+    timeout(within, both).await.unwrap_or(Err(ExchangeError::Timeout))
+}
+
+/// Reads one item of an answer, waiting for as much of it as is not there yet. What was read is not read again.
+async fn item<T>(
+    stdout: &mut ChildStdout,
+    buffer: &mut BytesMut,
+    store_dir: &StoreDir,
+    read: impl Fn(&mut serve::Reader<'_>) -> Result<T, ReadError>,
+) -> Result<T, ExchangeError> {
+    loop {
+        let mut reader = serve::Reader::new(buffer, store_dir);
+        match read(&mut reader) {
+            Ok(item) => {
+                let consumed = reader.consumed();
+                buffer.advance(consumed);
+                return Ok(item);
+            }
+            Err(ReadError::Incomplete) if buffer.len() > MAX_ITEM => {
+                let (got, bound) = (buffer.len() as u64, MAX_ITEM as u64);
+                return Err(ExchangeError::Read(ReadError::TooLong { got, bound }));
+            }
+            Err(ReadError::Incomplete) => {}
+            Err(error) => return Err(ExchangeError::Read(error)),
+        }
+        buffer.reserve(64 * 1024);
+        match stdout.read_buf(buffer).await {
+            Ok(0) | Err(_) => return Err(ExchangeError::Ended),
+            Ok(_) => {}
         }
     }
 }
@@ -204,16 +246,22 @@ struct Complaint {
 }
 
 impl Complaint {
-    /// Follows stderr to its end. The task ends with the process.
+    /// Follows stderr until the process closes it.
     fn follow(stderr: ChildStderr) -> Self {
         let latest = Arc::new(Mutex::new(String::new()));
         let kept = Arc::clone(&latest);
         let follower = tokio::spawn(async move {
-            // A line without an end is cut, so that no program can fill our memory.
-            let mut lines = BufReader::new(stderr.take(1024 * 1024)).lines();
-            while let Ok(Some(line)) = lines.next_line().await {
+            let (mut lines, mut line) = (BufReader::new(stderr), Vec::new());
+            loop {
+                line.clear();
+                // A line without an end is cut, so that no program can fill our memory.
+                match (&mut lines).take(MAX_LINE).read_until(b'\n', &mut line).await {
+                    Ok(0) | Err(_) => return,
+                    Ok(_) => {}
+                }
+                let line = String::from_utf8_lossy(&line).trim().to_owned();
                 tracing::debug!(line, "nix-store says");
-                if !line.trim().is_empty() {
+                if !line.is_empty() {
                     *kept.lock().unwrap_or_else(PoisonError::into_inner) = line;
                 }
             }

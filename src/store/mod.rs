@@ -7,6 +7,7 @@
 mod build_log;
 mod child;
 mod known;
+mod lease_office;
 mod leases;
 mod names;
 mod nar_reader;
@@ -19,6 +20,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use moka::sync::Cache;
 use thiserror::Error;
 use tokio::sync::watch;
 use tokio::task::{JoinHandle, spawn_blocking};
@@ -39,6 +41,9 @@ use self::nar_stream::BufferPool;
 use crate::metrics::StoreMetrics;
 use crate::nix::layout::NarLayout;
 use crate::nix::{StoreDir, StorePath, StorePathHash};
+
+/// Memory for layouts that may be asked for again, in bytes: ranges and resumed downloads ask for the same one.
+const LAYOUTS_BYTES: u64 = 16 * 1024 * 1024;
 
 /// Why the store can't answer.
 #[derive(Debug, Error)]
@@ -91,6 +96,8 @@ struct Inner {
     names: Arc<Names>,
     known: KnownPaths,
     leases: Leases,
+    /// Layouts of NARs that were asked for, under the stamps of their paths.
+    layouts: Cache<StorePathHash, (Stamp, Arc<NarLayout>)>,
     pool: BufferPool,
     follower: JoinHandle<()>,
 }
@@ -106,6 +113,11 @@ impl Store {
     /// Nix on the machine is no error: every answer is "not here" until there is.
     pub fn open(options: Options, metrics: &StoreMetrics) -> Result<(Self, JoinHandle<()>), OpenError> {
         let directory = options.directory();
+        if let Some(root) = options.root.as_ref().filter(|root| !root.is_dir()) {
+            // nix-store would make it, and a slip of the pen would look like an empty store.
+            let source = std::io::Error::from(std::io::ErrorKind::NotFound);
+            return Err(OpenError { directory: root.display().to_string(), source });
+        }
         match std::fs::read_dir(&directory) {
             Ok(_) => {}
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -122,7 +134,10 @@ impl Store {
         let (leases, task) = Leases::start(options.clone(), store_dir.clone(), metrics.clone());
         let known = KnownPaths::new(options.remember.as_u64());
         let pool = BufferPool::default();
-        let inner = Inner { options, store_dir, names, known, leases, pool, follower };
+        let weigh =
+            |_: &_, (_, layout): &(_, Arc<NarLayout>)| u32::try_from(layout.weight()).unwrap_or(u32::MAX);
+        let layouts = Cache::builder().weigher(weigh).max_capacity(LAYOUTS_BYTES).build();
+        let inner = Inner { options, store_dir, names, known, leases, layouts, pool, follower };
         Ok((Self(Arc::new(inner)), task))
     }
 
@@ -175,13 +190,21 @@ impl Store {
     /// Forgets what is remembered of a path: the next question is answered by the store.
     pub fn forget(&self, hash: &StorePathHash) {
         self.0.known.forget(hash);
+        self.0.layouts.invalidate(hash);
     }
 
     /// The layout of a path's NAR. Its length is NarSize, or it is an error and the path is forgotten.
     pub async fn layout(&self, known: &KnownPath) -> Result<Arc<NarLayout>, StoreError> {
+        let hash = known.info.hash();
+        if let Some((stamp, layout)) = self.0.layouts.get(&hash)
+            && stamp == known.stamp
+        {
+            return Ok(layout);
+        }
         let laid = self.lay_out(known).await;
-        if laid.is_err() {
-            self.forget(&known.info.hash());
+        match &laid {
+            Ok(layout) => self.0.layouts.insert(hash, (known.stamp, Arc::clone(layout))),
+            Err(_) => self.forget(&hash),
         }
         laid
     }
@@ -197,10 +220,19 @@ impl Store {
         Ok(Arc::new(layout))
     }
 
+    /// The listing of a path as JSON. `None`: it has names that JSON can't say.
+    pub async fn listing(&self, known: &KnownPath) -> Result<Option<Vec<u8>>, StoreError> {
+        let layout = self.layout(known).await?;
+        let listing = spawn_blocking(move || crate::nix::listing::listing_json(&layout));
+        listing.await.map_err(|_| StoreError::Closed)
+    }
+
     /// The bytes of a path's NAR in `range`, which has to lie within NarSize. The path is leased while they stream.
     pub async fn nar(&self, known: &KnownPath, range: Range<u64>) -> Result<NarStream, StoreError> {
+        // Before the tree is looked at: a lease that ends meanwhile would let it be deleted underneath.
+        let lease = known.lease();
         let layout = self.layout(known).await?;
-        Ok(NarStream::new(self.clone(), known, layout, range))
+        Ok(NarStream::new(self.clone(), known, layout, range, lease))
     }
 
     /// The build log of a derivation, unpacked. `None`: there is none.

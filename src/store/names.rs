@@ -39,6 +39,8 @@ struct Watch {
     /// The directory has to be read whole: never was, or events were lost.
     stale: bool,
     scanned: Option<(Instant, Option<SystemTime>)>,
+    /// When a scan failed last: the next one waits a little.
+    failed: Option<Instant>,
 }
 
 /// What an event says of a name.
@@ -91,6 +93,9 @@ impl Names {
     /// Reads the events that wait. True: the directory has to be scanned.
     fn take_in_events(&self) -> bool {
         let mut watch = self.watch();
+        if watch.failed.is_some_and(|at| at.elapsed() < SCAN_PAUSE) {
+            return false;
+        }
         let Some(inotify) = watch.inotify.as_ref() else {
             let pause = watch.scanned.is_some_and(|(at, _)| at.elapsed() < SCAN_PAUSE);
             return watch.stale || (!pause && self.is_newer_than(watch.scanned));
@@ -155,18 +160,20 @@ impl Names {
             })
             .ok();
         let modified = modified(&self.directory);
-        let mut fresh = HashMap::new();
-        // A store that can't be read has no names; that it can't was said at start.
-        for entry in std::fs::read_dir(&self.directory).into_iter().flatten().flatten() {
-            if let Some(path) = entry.file_name().to_str().and_then(basename) {
-                insert(&mut fresh, &path);
+        let fresh = match read_names(&self.directory) {
+            Ok(fresh) => fresh,
+            Err(error) => {
+                let directory = self.directory.display();
+                tracing::warn!(%directory, %error, "the store can't be read; what was known of it stays, and it is tried again");
+                self.watch().failed = Some(Instant::now());
+                return;
             }
-        }
+        };
         let mut watch = self.watch();
         self.metrics.scans.inc();
         self.metrics.names.set(fresh.len() as i64);
         *self.names.write().unwrap_or_else(PoisonError::into_inner) = fresh;
-        *watch = Watch { inotify, stale: false, scanned: Some((Instant::now(), modified)) };
+        *watch = Watch { inotify, stale: false, scanned: Some((Instant::now(), modified)), failed: None };
     }
 
     /// Whether the directory changed and no event said so.
@@ -215,6 +222,22 @@ fn waiting_events(inotify: &OwnedFd) -> Events {
     }
 }
 
+/// The names in the directory. One that is not there has none; one that can't be read is an error.
+fn read_names(directory: &Path) -> std::io::Result<HashMap<StorePathHash, Vec<Box<str>>>> {
+    let mut names = HashMap::new();
+    let entries = match std::fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(names),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        if let Some(path) = entry?.file_name().to_str().and_then(basename) {
+            insert(&mut names, &path);
+        }
+    }
+    Ok(names)
+}
+
 fn insert(names: &mut HashMap<StorePathHash, Vec<Box<str>>>, path: &StorePath) {
     let there = names.entry(StorePathHash::of(path)).or_insert_with(|| Vec::with_capacity(1));
     if !there.iter().any(|name| **name == *path.name()) {
@@ -253,4 +276,32 @@ fn watch_directory(directory: &Path) -> rustix::io::Result<OwnedFd> {
         | WatchFlags::ONLYDIR;
     inotify::add_watch(&inotify, directory, what)?;
     Ok(inotify)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::metrics::Metrics;
+
+    #[tokio::test]
+    async fn a_scan_that_fails_leaves_what_was_known_and_is_made_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let (store, aside) = (folder.path().join("store"), folder.path().join("aside"));
+        let part = "0".repeat(32);
+        let hash = StorePathHash::parse(part.as_bytes()).unwrap();
+        std::fs::create_dir(&store).unwrap();
+        std::fs::write(store.join(format!("{part}-text")), "").unwrap();
+        let names = Arc::new(Names::new(store.clone(), Metrics::new().store));
+        assert!(names.find(&hash).await.is_some());
+        // The directory goes away (which the watch tells), and what is there can't be read as one.
+        std::fs::rename(&store, &aside).unwrap();
+        std::fs::write(&store, "no directory").unwrap();
+        assert!(names.find(&hash).await.is_some());
+        assert!(names.watch().stale);
+        std::fs::remove_file(&store).unwrap();
+        std::fs::rename(&aside, &store).unwrap();
+        std::fs::remove_file(store.join(format!("{part}-text"))).unwrap();
+        names.watch().failed = None;
+        assert!(names.find(&hash).await.is_none());
+    }
 }

@@ -44,11 +44,17 @@ enum State {
 }
 
 impl NarStream {
-    pub(super) fn new(store: Store, known: &KnownPath, layout: Arc<NarLayout>, range: Range<u64>) -> Self {
+    pub(super) fn new(
+        store: Store,
+        known: &KnownPath,
+        layout: Arc<NarLayout>,
+        range: Range<u64>,
+        lease: Option<Lease>,
+    ) -> Self {
         let pool = store.0.pool.clone();
         let reader = Box::new(NarReader::new(known.real.clone(), layout, range));
         let (remaining, hash) = (reader.remaining(), known.info.hash());
-        Self { state: State::Idle(reader), remaining, pool, store, hash, _lease: known.lease() }
+        Self { state: State::Idle(reader), remaining, pool, store, hash, _lease: lease }
     }
 
     /// Bytes that are still to come.

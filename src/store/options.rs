@@ -18,15 +18,19 @@ pub struct Options {
     /// How long a path that somebody asked about is kept from garbage collection, at least. 1s to 1day; default 10min.
     #[serde(with = "humantime_serde")]
     pub lease: Duration,
-    /// How many paths one `nix-store` process keeps from collection before another takes over. 1 to 10,000,000;
+    /// How many paths one `nix-store` process keeps from collection before another takes over. 1,000 to 10,000,000;
     /// default 100,000.
     pub leases: usize,
     /// How long a question to `nix-store` may take before the process is replaced. 100ms to 10min; default 10s.
     #[serde(with = "humantime_serde")]
     pub query_timeout: Duration,
+    /// How long a request waits for `nix-store`; then it is answered with 404, and Nix asks elsewhere. 50ms to 10min;
+    /// default 2s.
+    #[serde(with = "humantime_serde")]
+    pub answer_time: Duration,
     /// How much memory remembered path information may take. At least 1 MiB; default 32 MiB.
     pub remember: ByteSize,
-    /// The longest build log that is served, unpacked. Default 64 MiB.
+    /// The longest build log that is served, unpacked. At most 1 GiB; default 16 MiB.
     pub log_size: ByteSize,
 }
 
@@ -38,8 +42,9 @@ impl Default for Options {
             lease: Duration::from_secs(600),
             leases: 100_000,
             query_timeout: Duration::from_secs(10),
+            answer_time: Duration::from_secs(2),
             remember: ByteSize::mib(32),
-            log_size: ByteSize::mib(64),
+            log_size: ByteSize::mib(16),
         }
     }
 }
@@ -52,9 +57,11 @@ impl Options {
         };
         let day = Duration::from_secs(24 * 60 * 60);
         range("lease", (Duration::from_secs(1)..=day).contains(&self.lease), "1s to 1day")?;
-        range("leases", (1..=10_000_000).contains(&self.leases), "1 to 10000000")?;
+        range("leases", (1_000..=10_000_000).contains(&self.leases), "1000 to 10000000")?;
         let timeout = Duration::from_millis(100)..=Duration::from_secs(600);
         range("query_timeout", timeout.contains(&self.query_timeout), "100ms to 10min")?;
+        let answer = Duration::from_millis(50)..=Duration::from_secs(600);
+        range("answer_time", answer.contains(&self.answer_time), "50ms to 10min")?;
         range("remember", self.remember >= ByteSize::mib(1), "at least 1 MiB")?;
         range("log_size", self.log_size <= ByteSize::gib(1), "at most 1 GiB")?;
         match &self.root {

@@ -102,3 +102,16 @@ fn try_shows_that_it_works_and_leaves_nothing_behind() {
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
+
+#[test]
+fn try_needs_no_right_to_the_store_of_the_machine() {
+    // A copy that nobody may run, in a folder of its own.
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("peernix");
+    std::fs::copy(PROGRAM, &program).unwrap();
+    succeed(std::process::Command::new("chown").args(["-R", "65534:65534"]).arg(folder.path()));
+    let mut trial = std::process::Command::new("setpriv");
+    trial.args(["--reuid", "65534", "--regid", "65534", "--clear-groups"]).arg(&program).arg("try");
+    let report = text(trial.env("TMPDIR", folder.path()).env("HOME", folder.path()));
+    assert!(report.contains("It works here."), "{report}");
+}

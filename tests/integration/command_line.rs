@@ -7,7 +7,7 @@ use std::process::Command;
 use crate::support::daemon::{Daemon, PROGRAM};
 use crate::support::http::{get, get_with};
 use crate::support::store::{Store, isolated};
-use crate::support::{run, succeed, text};
+use crate::support::{eventually, run, succeed, text};
 
 /// Starts the program, which has to fail; gives what it said.
 fn refused(arguments: &[&str], config: &str, folder: &Path) -> String {
@@ -35,7 +35,15 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     let with = |more: &str| refused(&[], &format!("{here}{more}"), folder.path());
 
     check(with("prioritty = 3\n"), &["peernix.toml:5: unknown field `prioritty`", "`priority`"]);
-    check(with("drain_time = 5\n"), &["peernix.toml:5: "]);
+    check(with("drain_time = 5\n"), &["peernix.toml:5: drain_time: ", "\"30s\""]);
+    check(with("allow = [\"10.0.0.1\"]\n"), &["peernix.toml:5: allow: ", "\"10.0.0.0/8\""]);
+    check(with("[limits]\nheader_size = \"16 KiBB\"\n"), &["peernix.toml:6: header_size: ", "\"16 KiB\""]);
+    check(
+        with("[store]\nroot = \"/nowhere/store\"\n"),
+        &["the store /nowhere/store can't be read", "store.root"],
+    );
+    let twice = refused(&["check-config"], "[http]\nlisten = [\"[::]:1\", \"[::]:1\"]", folder.path());
+    assert!(twice.contains("http.listen: names [::]:1 twice"), "{twice}");
     check(with("[store]\nlease = \"0s\"\n"), &["peernix.toml", "store.lease", "1s to 1day"]);
     check(with("[log]\nfilter = \"===\"\n"), &["log.filter"]);
 
@@ -47,6 +55,7 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let said = refused(&["--listen", &address], &here, folder.path());
+    assert_eq!(said.matches("Address already in use").count(), 1, "{said}");
     check(said, &[&address, "can't be listened on", "another program has the port", "--listen"]);
 
     let no_config = run(Command::new(PROGRAM).args(["--config", "/nowhere/peernix.toml"]));
@@ -139,10 +148,12 @@ fn help_completions_and_the_manual_are_printed() {
 fn health_metrics_and_the_first_page_answer() {
     let store = Store::new();
     let daemon = Daemon::serve(store.root(), "");
-    let health: serde_json::Value = serde_json::from_str(&get(&daemon.url("health")).text()).unwrap();
-    assert_eq!(health["status"], "ok");
-    let welcome = get(&daemon.url("")).text();
-    assert!(welcome.contains("extra-substituters = http://127.0.0.1:9999/nix-cache"), "{welcome}");
+    eventually("it is healthy", || {
+        let health: serde_json::Value = serde_json::from_str(&get(&daemon.url("health")).text()).unwrap();
+        (health["status"] == "ok" && health["store"] == "serving").then_some(())
+    });
+    let welcome = get(&daemon.url("nix-cache")).text();
+    assert!(welcome.contains(&format!("extra-substituters = {}\n", daemon.substituter())), "{welcome}");
     assert!(welcome.contains(get(&daemon.url("public-key")).text().trim()), "{welcome}");
     let metrics = get(&daemon.url("metrics"));
     assert_eq!(metrics.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));

@@ -191,7 +191,6 @@ fn older_urls_heads_and_what_is_no_url() {
         format!("{part}x.narinfo"),
         "nar/../../etc/passwd".to_owned(),
         "%2e%2e/%2e%2e/etc/passwd".to_owned(),
-        "nix-cache".to_owned(),
         "log/x.drv".to_owned(),
         "realisations/sha256:abc!out.doi".to_owned(),
     ] {
