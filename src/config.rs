@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use thiserror::Error;
 
-use crate::{http, signing, store};
+use crate::{cache, http, peer, resolve, signing, store, trust};
 
 /// Where the configuration lies if nobody says otherwise and the file exists.
 pub const DEFAULT_FILE: &str = "/etc/peernix/peernix.toml";
@@ -27,6 +27,16 @@ pub struct Config {
     pub store: store::Options,
     /// `[signing]`
     pub signing: signing::Options,
+    /// `[trust]`
+    pub trust: trust::Options,
+    /// `[discovery]`
+    pub discovery: peer::Options,
+    /// `[[peer]]`
+    pub peer: Vec<peer::ConfiguredPeer>,
+    /// `[resolve]`
+    pub resolve: resolve::Options,
+    /// `[cache]`
+    pub cache: cache::Options,
     /// `[state]`
     pub state: State,
     /// `[log]`
@@ -124,8 +134,18 @@ impl Config {
             let message = explain(error.message(), text.lines().nth(line - 1).unwrap_or_default());
             ConfigError::Parse { path: path.to_owned(), line, message }
         })?;
-        let checks = [config.http.check(), config.limits.check(), config.store.check(), config.state.check()];
-        match checks.into_iter().find_map(Result::err) {
+        let checks = [
+            config.http.check(),
+            config.limits.check(),
+            config.store.check(),
+            config.trust.check(),
+            config.discovery.check(),
+            config.resolve.check(),
+            config.cache.check(),
+            config.state.check(),
+        ];
+        let peers = config.peer.iter().map(peer::ConfiguredPeer::check);
+        match checks.into_iter().chain(peers).find_map(Result::err) {
             Some(message) => Err(ConfigError::Range { path: path.to_owned(), message }),
             None => Ok(config),
         }
@@ -220,21 +240,38 @@ mod tests {
         // With the comments taken away it is the default configuration.
         let lines = text.lines().map(|line| {
             let key = line.strip_prefix("# ").filter(|rest| {
-                rest.split_once(" = ")
-                    .is_some_and(|(key, _)| key.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
+                rest.starts_with("[[")
+                    || rest
+                        .split_once(" = ")
+                        .is_some_and(|(key, _)| key.chars().all(|c| c.is_ascii_lowercase() || c == '_'))
             });
             format!("{}\n", key.unwrap_or(line))
         });
         let all: String = lines.collect();
         let table: toml::Table = toml::from_str(&all).unwrap();
-        let config = Config::parse(&all, Path::new("all")).unwrap();
+        let mut config = Config::parse(&all, Path::new("all")).unwrap();
+        assert_eq!(config.peer.len(), 1);
+        config.peer.clear();
         let shown = format!("{config:?}");
         let keys: BTreeSet<String> =
             table.values().filter_map(|v| v.as_table()).flat_map(|t| t.keys().cloned()).collect();
         // The fields of all options, as the program itself shows them.
         let fields =
             shown.split(": ").filter_map(|part| part.rsplit([' ', '{', '(']).next()).map(str::to_owned);
-        let sections = ["http", "limits", "store", "signing", "state", "log"].map(str::to_owned);
+        let sections = [
+            "http",
+            "limits",
+            "store",
+            "signing",
+            "state",
+            "log",
+            "trust",
+            "discovery",
+            "peer",
+            "resolve",
+            "cache",
+        ];
+        let sections = sections.map(str::to_owned);
         let fields: BTreeSet<String> = fields.filter(|field| !sections.contains(field)).collect();
         let is_key =
             |field: &&String| !field.is_empty() && field.chars().all(|c| c.is_ascii_lowercase() || c == '_');
@@ -243,6 +280,9 @@ mod tests {
         without.store.root = None;
         without.state.directory = None;
         without.signing.keys.clear();
+        without.trust.public_keys.clear();
+        without.discovery.targets.clear();
+        without.http.relay_for.clear();
         assert_eq!(format!("{without:?}"), format!("{:?}", Config::default()));
     }
 

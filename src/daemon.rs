@@ -4,19 +4,27 @@
 
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use thiserror::Error;
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::{mpsc, watch};
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::config::{Config, ConfigError};
 use crate::http::{BindError, Listeners, Server};
 use crate::metrics::Metrics;
-use crate::resolve::Resolver;
+use crate::peer::{Announce, Discovery, Holdings, Peers};
+use crate::resolve::{Parts, Resolver};
 use crate::signing::{Signer, SigningError};
 use crate::store::{OpenError, Store};
+use crate::trust::Trust;
+
+/// Gained paths that wait to be told to peers.
+const GAINS: usize = 4096;
+/// How long Nix may take to tell its version.
+const VERSION_TIME: Duration = Duration::from_secs(5);
 
 /// Why the daemon can't start. Whatever was begun is undone.
 #[derive(Debug, Error)]
@@ -48,9 +56,13 @@ pub enum StartError {
 pub struct Daemon {
     addresses: Vec<SocketAddr>,
     signer: Arc<Signer>,
+    peers: Peers,
+    trust: Trust,
+    discovery: Discovery,
     stop: watch::Sender<bool>,
     server: JoinHandle<()>,
     store: JoinHandle<()>,
+    followers: JoinSet<()>,
 }
 
 impl Daemon {
@@ -60,23 +72,45 @@ impl Daemon {
         let configured = (!config.signing.keys.is_empty()).then(|| Signer::read(&config.signing));
         let configured = configured.transpose()?;
         let listeners = Listeners::bind(&config.http.listen).await?;
+        let addresses = listeners.addresses();
         let metrics = Metrics::new();
-        let (store, store_task) = Store::open(config.store.clone(), &metrics.store)?;
-        let signer = match configured {
-            Some(signer) => signer,
-            None => own_signer(&config.state.directory()?, &config.signing)?,
+        let (gained, gains) = mpsc::channel(GAINS);
+        let (store, store_task) = Store::open(config.store.clone(), &metrics.store, gained)?;
+        let state = config.state.directory().map(make_folder);
+        let (signer, state) = match configured {
+            // Without a folder the known peers are not saved, and that is all.
+            Some(signer) => (signer, state.ok().and_then(Result::ok)),
+            None => {
+                let state = state??;
+                (Signer::load(&config.signing, &state)?, Some(state))
+            }
         };
         let signer = Arc::new(signer);
-        let resolver = Resolver::new(store, Arc::clone(&signer));
+        let trust = Trust::new(config.trust.clone(), signer.public_keys(), store.store_dir().clone());
+        let peers = peers(config, &signer, &addresses, &metrics)?;
+        let parts = Parts {
+            store: store.clone(),
+            signer: Arc::clone(&signer),
+            peers: peers.clone(),
+            trust: trust.clone(),
+            metrics: metrics.lookups.clone(),
+        };
+        let resolver = Resolver::new(parts, &config.resolve, &config.cache);
+        let mut followers = JoinSet::new();
+        followers.spawn(tell_nix_version(peers.clone(), config.store.nix_store.clone()));
+        followers.spawn(resolver.clone().follow_news());
+        followers.spawn(trust.clone().follow_nix(signer.public_keys()));
         let server = Server::new(resolver, &config.http, &config.limits, metrics);
-        let addresses = listeners.addresses();
         for address in &addresses {
             tracing::info!(%address, "listening");
         }
         tracing::info!(public_key = signer.public_key_line(), "serving the local store");
         let (stop, stopping) = watch::channel(false);
         let server = tokio::spawn(server.run(listeners, stopping));
-        Ok(Self { addresses, signer, stop, server, store: store_task })
+        let options = config.discovery.clone();
+        let holdings = holdings(store);
+        let discovery = Discovery::start(peers.clone(), options, &config.http.allow, holdings, gains, state);
+        Ok(Self { addresses, signer, peers, trust, discovery, stop, server, store: store_task, followers })
     }
 
     /// Where it listens.
@@ -85,23 +119,94 @@ impl Daemon {
         &self.addresses
     }
 
+    /// The UDP port of its announcements, if there is one.
+    #[must_use]
+    pub fn udp_port(&self) -> Option<u16> {
+        self.discovery.port()
+    }
+
+    /// Whom it knows.
+    #[must_use]
+    pub fn peers(&self) -> &Peers {
+        &self.peers
+    }
+
+    /// Asks the host's Nix again which keys it trusts. The rest of the configuration is read at start.
+    pub async fn reload(&self) {
+        self.trust.ask_nix(&self.signer.public_keys()).await;
+    }
+
     /// The public keys of what it signs, as they stand in nix.conf.
     #[must_use]
     pub fn public_key_line(&self) -> String {
         self.signer.public_key_line()
     }
 
-    /// Stops accepting, lets answers in flight end within `http.drain_time`, then ends the store's processes.
-    pub async fn shutdown(self) {
+    /// Says goodbye, stops accepting, lets answers in flight end within `http.drain_time`, then ends the store's
+    /// processes.
+    pub async fn shutdown(mut self) {
         self.stop.send_replace(true);
+        self.discovery.stop().await;
+        self.followers.shutdown().await;
         // A panic in a task was printed when it happened; there is nothing to save here.
         let _ = self.server.await;
         let _ = self.store.await;
     }
 }
 
-fn own_signer(state: &Path, options: &crate::signing::Options) -> Result<Signer, StartError> {
-    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(state);
-    made.map_err(|source| StartError::State { path: state.to_owned(), source })?;
-    Ok(Signer::load(options, state)?)
+fn make_folder(folder: PathBuf) -> Result<PathBuf, StartError> {
+    let made = std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&folder);
+    match made {
+        Ok(()) => Ok(folder),
+        Err(source) => Err(StartError::State { path: folder, source }),
+    }
+}
+
+/// Who is known at the start, and what this host says of itself.
+fn peers(
+    config: &Config,
+    signer: &Signer,
+    addresses: &[SocketAddr],
+    metrics: &Metrics,
+) -> Result<Peers, StartError> {
+    let id = Peers::fresh_id().map_err(|error| SigningError::Random(error.to_string()))?;
+    let own = Announce {
+        peernix_version: env!("CARGO_PKG_VERSION").to_owned(),
+        nix_version: String::new(),
+        platform: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
+        features: vec!["narhash".to_owned(), "gained".to_owned()],
+        public_key: signer.public_key_line(),
+        // An address that others can reach goes before loopback.
+        port: addresses
+            .iter()
+            .find(|address| !address.ip().is_loopback())
+            .or(addresses.first())
+            .map_or(0, SocketAddr::port),
+        id: Some(id),
+        reply: false,
+    };
+    Ok(Peers::new(&config.discovery, &config.peer, own, metrics.peers.clone()))
+}
+
+/// Asks Nix for its version, which is told to peers; nothing hangs on it, and nothing waits for it.
+async fn tell_nix_version(peers: Peers, program: PathBuf) {
+    let mut nix_store = tokio::process::Command::new(program);
+    nix_store.arg("--version").kill_on_drop(true).stdin(std::process::Stdio::null());
+    if let Ok(Ok(output)) = tokio::time::timeout(VERSION_TIME, nix_store.output()).await {
+        let text = String::from_utf8_lossy(&output.stdout);
+        peers.set_nix_version(text.lines().next().unwrap_or_default());
+    }
+}
+
+/// What other hosts are told of the local store.
+fn holdings(store: Store) -> Holdings {
+    Holdings::new(move |hash| {
+        let store = store.clone();
+        async move {
+            match store.path(&hash).await {
+                Ok(known) => Some(known.map(|known| known.info.nar_hash)),
+                Err(_) => None,
+            }
+        }
+    })
 }

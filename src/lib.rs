@@ -1,7 +1,7 @@
 //! # peernix: the map for the next engineer
 //!
-//! A daemon on every Nix host of a LAN. The local Nix asks it as a substituter; it serves the host's own store, and is
-//! to find on the LAN what is not here. The README is for its users; this page is for whoever changes it.
+//! A daemon on every Nix host of a LAN. The local Nix asks it as a substituter; it answers from the host's own store, or
+//! from whichever peer has the path, verified, and serves its own store to the others. The README is for its users; this page is for whoever changes it.
 //!
 //! ## Invariants
 //! 1. **Never worse than without it.** On loopback every failure is a fast 404: no 5xx, no hang, no broken narinfo.
@@ -10,8 +10,13 @@
 //!    asked for validity, and stays leased for `store.lease` after the last request for it.
 //! 3. **A body never ends early as if it were complete.** A NAR whose length is not NarSize is refused before its first
 //!    byte; a file that is missing, short or changed cuts the connection.
-//! 4. **Everything is bounded**: memory, queues, sockets, waits. The bounds are options or named constants.
-//! 5. **Nothing that arrives over the network can panic.** It is parsed once, at the door, into a type.
+//! 4. **Nothing unverified is passed on.** A peer's narinfo is a claim until a trusted key's signature or a content address
+//!    proves it ([`trust::TrustedNarInfo`]); the last bytes of a relayed NAR leave after length and hash have proven right.
+//! 5. **No loops.** A request that carries the peer header, or comes from neither loopback nor `http.relay_for`, is answered
+//!    from local content alone ([`resolve::Scope`]); an announcement that answers another is not answered.
+//! 6. **Wrong or slow peers cost themselves**: blamed, paused for longer and longer, never the client.
+//! 7. **Everything is bounded**: memory, queues, sockets, waits. The bounds are options or named constants.
+//! 8. **Nothing that arrives over the network can panic.** It is parsed once, at the door, into a type.
 //!
 //! ## Layers: imports point down only (`tests/tidy.rs` checks it)
 //! | module | one idea | may import |
@@ -20,9 +25,12 @@
 //! | [`metrics`] | every counter | nothing |
 //! | [`store`] | the local store: names in the directory, `nix-store` processes, leases, NAR bytes from disk | nix, metrics |
 //! | [`signing`] | our own keys and what they sign | nix |
-//! | [`resolve`] | the decision who answers | nix, store, signing |
+//! | [`trust`] | whom this host believes, and what that proves | nix |
+//! | [`peer`] | who is there and how good: registry, datagrams, mDNS, the way to one peer | nix, metrics |
+//! | [`cache`] | what is remembered: who served a narinfo, what nobody has | nix, peer |
+//! | [`resolve`] | the decision who answers: local, remembered, or which peer | nix, metrics, store, signing, trust, peer, cache |
 //! | [`http`] | connections, limits, routes, errors to statuses | nix, metrics, resolve |
-//! | [`config`] | the file with all options | the `Options` of http, signing, store |
+//! | [`config`] | the file with all options | the `Options` of each part |
 //! | [`daemon`] | wiring, start, ordered shutdown | all above |
 //! | [`cli`] | commands | all above |
 //!
@@ -39,21 +47,38 @@
 //! ([`nix::layout`]), so length and ranges are known before a file is read; `store::nar_reader` reads the files by that
 //! layout, `store::nar_stream` makes it a stream that holds the lease.
 //!
+//! ## The way to a peer
+//! `peer::discovery` starts what finds peers: datagrams (`peer::udp`, in the words of `peer::wire`, which peernix in Go speaks
+//! too), multicast DNS, the configuration, and the file of those known before. [`peer::Registry`] is the table, pure. What is
+//! not in the local store goes to `resolve::lookup`: the remembered misses, then one flight a hash that asks all candidates
+//! at once within one budget; the first good answer wins. `resolve::relay` fetches the NAR from the peer that the peer cache
+//! names, or from whoever has it now. A miss is remembered only if every peer that was asked said so, and is worth nothing
+//! after a peer came or gained the path ([`cache::Misses`]).
+//!
 //! ## Where we differ from what was planned
 //! - The store counts into [`metrics`] itself, which lies beside the formats at the bottom, instead of handing numbers up.
 //! - The watch on the store directory is read on every miss, under a lock, instead of by a task of its own: an event is in
 //!   the kernel's queue before the change returns to whoever made it, so a path is found from its first moment on.
 //! - A layout keeps metadata and writes the literal bytes on the way; kept whole they would take several times the memory.
+//! - Peers are asked over pooled HTTP connections at once, without a datagram first: one round trip instead of two, and TCP makes
+//!   up for what is lost. Only peernix in Go is asked by datagram first, since its HTTP side would ask the whole LAN.
+//! - A gained path is told by a datagram of its own (`gained`), since a remembered miss must not outlive it. It goes out when
+//!   the name comes and when its `.lock` goes, which is when Nix has registered it.
+//! - Our own signature is put under a peer's path only if NarHash is proven; a content address of other bytes than the NAR's
+//!   proves the path and not the NAR.
 //! - nix-compat, which was asked for, is an empty placeholder on the registry; nix-narinfo and nix-derivation stand
 //!   behind [`nix`] instead.
 #![warn(unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub mod cache;
 pub mod cli;
 pub mod config;
 pub mod daemon;
 pub mod http;
 pub mod metrics;
 pub mod nix;
+pub mod peer;
 pub mod resolve;
 pub mod signing;
 pub mod store;
+pub mod trust;

@@ -9,7 +9,7 @@ if [ "$(id -u)" -ne 0 ]; then
 fi
 
 # nix-bin: Nix itself. systemd: systemd-analyze, for the unit. prometheus: promtool, for /metrics.
-packages="nix-bin systemd prometheus iproute2 util-linux curl python3 build-essential"
+packages="nix-bin systemd prometheus iproute2 nftables procps util-linux curl python3 build-essential"
 missing=""
 for package in $packages; do
     dpkg-query --show --showformat='${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing="$missing $package"

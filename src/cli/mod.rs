@@ -1,6 +1,7 @@
 //! The command line: what can be asked of `peernix`, and how failures are told (one line on stderr, exit code 1).
 
 mod logging;
+mod peers;
 mod serve;
 mod try_out;
 
@@ -52,6 +53,12 @@ enum Command {
     Serve(ServeArguments),
     /// Show that it works here: two throwaway stores, and a real copy from one into the other
     Try,
+    /// Show who is there: asks the running daemon
+    Peers {
+        /// Where the daemon listens
+        #[arg(long, default_value = "http://127.0.0.1:9999")]
+        url: String,
+    },
     /// Check the configuration and the keys that it names
     CheckConfig,
     /// Make keys
@@ -134,6 +141,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             serve::serve(config)
         }
         Command::Try => try_out::try_out(),
+        Command::Peers { url } => peers::peers(&url),
         Command::CheckConfig => check_config(&cli.common),
         Command::Key(KeyCommand::Generate { name, to }) => generate_key(&name, to),
         Command::Completions { shell } => {

@@ -32,7 +32,10 @@ async fn run(config: Config) -> anyhow::Result<()> {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = hangup.recv() => tracing::info!("the configuration is read at start: restart to apply changes"),
+            _ = hangup.recv() => {
+                tracing::info!("asking Nix for its keys again; the rest of the configuration is read at start");
+                daemon.reload().await;
+            }
         }
     }
     let drain_time = config.http.drain_time;

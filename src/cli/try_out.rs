@@ -1,7 +1,8 @@
 //! `peernix try`: shows on this machine, in a minute and without a trace, that a real Nix gets real paths from it.
 //!
-//! Two stores in a temporary folder, a daemon for each on loopback. Nix builds a closure in the first; then it is asked
-//! to realise it in the second, with signatures required: with a wrong key it has to refuse, with the right one to copy.
+//! Two stores in a temporary folder, a daemon for each on loopback, which find each other. Nix builds a closure in the
+//! first; then it is asked to realise it in the second through the second's own daemon, with signatures required: with a
+//! wrong key it has to refuse, with the right one to copy what that daemon relays.
 
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
@@ -36,6 +37,9 @@ let
 in builtins.foldl' link data (builtins.genList (n: n + 1) 24)
 "#;
 
+/// How long the daemons may take to find each other.
+const FIND_TIME: Duration = Duration::from_secs(10);
+
 pub(super) fn try_out() -> anyhow::Result<()> {
     let folder = tempfile::Builder::new().prefix("peernix-try-").tempdir();
     let folder = folder.context("no temporary folder can be made")?;
@@ -68,27 +72,33 @@ impl Trial {
         let runtime = runtime.context("the runtime can't be started")?;
         say("starting a daemon for each store");
         let first = runtime.block_on(Daemon::start(&self.config("first")))?;
-        let second = runtime.block_on(Daemon::start(&self.config("second")))?;
+        let mut config = self.config("second");
+        let target = first.udp_port().map(|port| ([127, 0, 0, 1], port).into());
+        config.discovery.targets = vec![target.context("a daemon without a UDP port")?];
+        config.trust.public_keys = vec![first.public_key_line()];
+        let second = runtime.block_on(Daemon::start(&config))?;
+        say("waiting until they have found each other");
+        let found = runtime.block_on(found_each_other(&first, &second))?;
         let url = |daemon: &Daemon| -> anyhow::Result<String> {
             let address = daemon.addresses().first().context("a daemon that listens nowhere")?;
             Ok(format!("http://{address}/nix-cache"))
         };
 
-        say("asking with a key that did not sign: Nix has to refuse");
+        say("asking the second daemon, with a key that did not sign: Nix has to refuse");
         let stranger = signing::generate(None)?.public_key();
         let stranger = crate::nix::signature::public_key_text(&stranger);
-        let refused = self.realise(&path, &url(&first)?, &stranger).output()?;
+        let refused = self.realise(&path, &url(&second)?, &stranger).output()?;
         ensure!(!refused.status.success(), "Nix took paths that no trusted key has signed");
 
-        say("asking with the daemon's own key: Nix has to copy");
+        say("asking the second daemon, with its own key: Nix has to copy what it relays from the first");
         let began = Instant::now();
-        succeed(&mut self.realise(&path, &url(&first)?, &first.public_key_line()))?;
+        succeed(&mut self.realise(&path, &url(&second)?, &second.public_key_line()))?;
         let took = began.elapsed();
         let copied = lines(self.nix("nix-store", "second").args(["--query", "--requisites", &path]))?;
         ensure!(copied == closure, "the copy has {} paths of {}", copied.len(), closure.len());
         succeed(self.nix("nix-store", "second").arg("--verify-path").args(&copied))?;
         runtime.block_on(async { tokio::join!(first.shutdown(), second.shutdown()) });
-        Ok(report(closure.len(), bytes, took))
+        Ok(report(closure.len(), bytes, found, took))
     }
 
     /// That Nix is here. On a store of our own: this user may have no right to the machine's.
@@ -141,19 +151,34 @@ impl Trial {
         let mut config = Config::default();
         config.http.listen = vec![([127, 0, 0, 1], 0).into()];
         config.http.drain_time = Duration::from_secs(1);
+        config.discovery.port = 0;
+        // On loopback there is nobody but the two.
+        config.discovery.mdns = false;
+        config.trust.host_keys = false;
         config.store.root = Some(self.folder.join(store));
         config.state.directory = Some(self.folder.join(format!("{store}-state")));
         config
     }
 }
 
-fn report(paths: usize, bytes: u64, took: Duration) -> String {
+/// Waits until each daemon knows the other, and says how long that took.
+async fn found_each_other(first: &Daemon, second: &Daemon) -> anyhow::Result<Duration> {
+    let began = Instant::now();
+    while first.peers().all().is_empty() || second.peers().all().is_empty() {
+        ensure!(began.elapsed() < FIND_TIME, "the daemons did not find each other within {FIND_TIME:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    Ok(began.elapsed())
+}
+
+fn report(paths: usize, bytes: u64, found: Duration, took: Duration) -> String {
     let megabytes = bytes as f64 / 1e6;
     format!(
-        "\n  paths copied         {paths}\n  bytes                {bytes} ({megabytes:.1} MB)\n  \
+        "\n  found each other      after {:.0} ms\n  paths copied         {paths}\n  bytes                {bytes} ({megabytes:.1} MB)\n  \
          speed                {:.0} MB/s, {:.2} s in all\n  \
          signatures           required; refused with a wrong key, accepted with the right one\n  \
          contents             verified by nix-store --verify-path\n\nIt works here. The temporary stores are gone.\n",
+        found.as_secs_f64() * 1e3,
         megabytes / took.as_secs_f64(),
         took.as_secs_f64(),
     )

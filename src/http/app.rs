@@ -21,6 +21,7 @@ use tracing::Instrument as _;
 use super::Options;
 use super::activity::Activity;
 use super::answer::{Refused, found};
+use super::api;
 use super::cache::{CacheFiles, route};
 use super::counted_body::CountedBody;
 use super::gate::Admitted;
@@ -45,6 +46,7 @@ pub(super) struct App {
 struct Pages {
     resolver: Resolver,
     metrics: Metrics,
+    since: Instant,
 }
 
 impl App {
@@ -57,7 +59,9 @@ impl App {
             .route("/health", get(health))
             .route("/metrics", get(metrics_page))
             .route("/public-key", get(public_key))
-            .with_state(Pages { resolver, metrics: metrics.clone() });
+            .route("/api/v1/peers", get(api_peers))
+            .route("/api/v1/status", get(api_status))
+            .with_state(Pages { resolver, metrics: metrics.clone(), since: Instant::now() });
         let complaints = Arc::new(RateLimiter::direct(Quota::per_second(COMPLAINTS)));
         Self { files, pages, metrics, requests: Arc::default(), complaints }
     }
@@ -153,7 +157,7 @@ async fn welcome(State(pages): State<Pages>, headers: HeaderMap) -> Response<Bod
          \n    extra-substituters = http://127.0.0.1:{port}/nix-cache\n\n\
          What is built on this host is trusted where its key is:\n\
          \n    extra-trusted-public-keys = {}\n\n\
-         /health  /metrics  /public-key  /nix-cache-info\n",
+         /health  /metrics  /public-key  /nix-cache-info  /api/v1/status  /api/v1/peers\n",
         env!("CARGO_PKG_VERSION"),
         pages.resolver.signer().public_key_line(),
     );
@@ -161,11 +165,13 @@ async fn welcome(State(pages): State<Pages>, headers: HeaderMap) -> Response<Bod
 }
 
 async fn health(State(pages): State<Pages>) -> Response<Body> {
-    let (status, store) = match &*pages.resolver.store().state().borrow() {
-        StoreState::Starting => ("starting", "starting".to_owned()),
-        StoreState::Serving => ("ok", "serving".to_owned()),
-        StoreState::Unavailable(error) => ("degraded", format!("unavailable: {error}")),
+    let state = pages.resolver.store().state().borrow().clone();
+    let status = match state {
+        StoreState::Starting => "starting",
+        StoreState::Serving => "ok",
+        StoreState::Unavailable(_) => "degraded",
     };
+    let store = api::store_text(&state);
     let line = serde_json::json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "store": store });
     found("application/json", format!("{line}\n").into())
 }
@@ -183,4 +189,12 @@ async fn metrics_page(State(pages): State<Pages>, headers: HeaderMap) -> Respons
 async fn public_key(State(pages): State<Pages>) -> Response<Body> {
     let lines = pages.resolver.signer().public_key_line().replace(' ', "\n");
     found("text/plain; charset=utf-8", format!("{lines}\n").into())
+}
+
+async fn api_peers(State(pages): State<Pages>) -> Response<Body> {
+    found("application/json", api::peers(&pages.resolver).into())
+}
+
+async fn api_status(State(pages): State<Pages>) -> Response<Body> {
+    found("application/json", api::status(&pages.resolver, pages.since.elapsed()).into())
 }

@@ -2,6 +2,7 @@
 
 use axum::body::Body;
 use bytes::Bytes;
+use futures_util::TryStreamExt as _;
 use hyper::header::{
     ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE,
 };
@@ -16,7 +17,7 @@ use super::range::{self, Wanted};
 use crate::metrics::{HttpMetrics, Route};
 use crate::nix::cache_info::CacheInfo;
 use crate::nix::cache_url::{CacheUrl, NarUrl};
-use crate::resolve::Resolver;
+use crate::resolve::{LocalNar, Nar, RelayedNar, Resolver};
 
 const NARINFO: &str = "text/x-nix-narinfo";
 
@@ -67,7 +68,7 @@ impl CacheFiles {
     ) -> Result<Response<Body>, Refused> {
         let (kind, body) = match url {
             CacheUrl::CacheInfo => ("text/x-nix-cache-info", Some(self.cache_info.clone())),
-            CacheUrl::NarInfo(hash) => (NARINFO, self.resolver.narinfo(hash).await?),
+            CacheUrl::NarInfo(hash) => (NARINFO, self.resolver.narinfo(hash, client.scope(headers)).await?),
             CacheUrl::Nar(url) => return self.nar(method, url, headers, client).await,
             CacheUrl::Listing(hash) => {
                 let place = client.heavy_work().await.ok_or(Refused::Busy)?;
@@ -88,7 +89,19 @@ impl CacheFiles {
         headers: &HeaderMap,
         client: &Admitted,
     ) -> Result<Response<Body>, Refused> {
-        let nar = self.resolver.nar(url).await?.ok_or(Refused::NotFound)?;
+        match self.resolver.nar(url, client.scope(headers)).await?.ok_or(Refused::NotFound)? {
+            Nar::Local(nar) => self.local_nar(method, nar, headers, client).await,
+            Nar::Relayed(nar) => Ok(self.relayed_nar(method, nar)),
+        }
+    }
+
+    async fn local_nar(
+        &self,
+        method: &Method,
+        nar: LocalNar,
+        headers: &HeaderMap,
+        client: &Admitted,
+    ) -> Result<Response<Body>, Refused> {
         let (len, tag) = (nar.info().nar_size, format!("\"{}\"", nar.info().nar_hash.to_base32()));
         // A range of another NAR than the one the client began with would be of no use to it.
         let same = headers.get(IF_RANGE).is_none_or(|wanted| wanted.as_bytes() == tag.as_bytes());
@@ -107,11 +120,9 @@ impl CacheFiles {
             drop(place);
             Body::new(NarBody::new(stream, nar.info().store_path.clone(), self.metrics.clone()))
         };
-        let mut answer = Response::new(body);
+        let mut answer = nar_answer(body, range.end - range.start);
         *answer.status_mut() = status;
         let headers = answer.headers_mut();
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-nix-nar"));
-        headers.insert(CONTENT_LENGTH, (range.end - range.start).into());
         headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
         if let Ok(tag) = HeaderValue::from_str(&tag) {
             headers.insert(ETAG, tag);
@@ -122,6 +133,29 @@ impl CacheFiles {
         }
         Ok(answer)
     }
+
+    /// Without ranges: the hash that is checked on the way is that of the whole.
+    fn relayed_nar(&self, method: &Method, nar: RelayedNar) -> Response<Body> {
+        let len = nar.nar_size;
+        if method == Method::HEAD {
+            return nar_answer(Body::empty(), len);
+        }
+        let (span, cuts) = (tracing::Span::current(), self.metrics.nar_cuts.clone());
+        let stream = nar.into_stream().inspect_err(move |error| {
+            let _entered = span.enter();
+            cuts.inc();
+            tracing::warn!(%error, "a relayed NAR was cut short; the client was told by a closed connection");
+        });
+        nar_answer(Body::from_stream(stream), len)
+    }
+}
+
+fn nar_answer(body: Body, len: u64) -> Response<Body> {
+    let mut answer = Response::new(body);
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-nix-nar"));
+    headers.insert(CONTENT_LENGTH, len.into());
+    answer
 }
 
 /// A body that is whole in memory; its place is free when it was sent.

@@ -11,6 +11,7 @@ use std::time::Duration;
 use dashmap::DashMap;
 use governor::clock::{Clock as _, DefaultClock};
 use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use hyper::header::HeaderMap;
 use ipnet::IpNet;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -18,6 +19,7 @@ use tokio::time::timeout;
 
 use super::{Limits, Options};
 use crate::metrics::Refusal;
+use crate::resolve::{PEER_HEADER, Scope};
 
 /// Layouts, listings and logs that one class of clients may have in the making or in memory.
 const HEAVY: usize = 8;
@@ -32,6 +34,7 @@ const RESERVED_DESCRIPTORS: usize = 192;
 #[derive(Debug)]
 pub(super) struct Gate {
     allow: Vec<IpNet>,
+    relay_for: Vec<IpNet>,
     per_address: usize,
     loopback: Class,
     others: Class,
@@ -75,6 +78,7 @@ impl Gate {
         let others = affordable(limits.connections);
         Self {
             allow: options.allow.clone(),
+            relay_for: options.relay_for.clone(),
             per_address: limits.connections_per_address,
             loopback: Class::new(limits.connections),
             others: Class::new(others),
@@ -145,6 +149,14 @@ impl Admitted {
     pub(super) async fn heavy_work(&self) -> Option<OwnedSemaphorePermit> {
         let places = Arc::clone(&self.gate.class(self.address, self.is_allowed).heavy);
         timeout(HEAVY_WAIT, places.acquire_owned()).await.ok()?.ok()
+    }
+
+    /// Who may be asked for this client. A request that a peer sent is answered from local content alone: so no lookup
+    /// ever goes in circles.
+    pub(super) fn scope(&self, headers: &HeaderMap) -> Scope {
+        let is_ours =
+            self.address.is_loopback() || self.gate.relay_for.iter().any(|net| net.contains(&self.address));
+        if is_ours && !headers.contains_key(PEER_HEADER) { Scope::LocalThenPeers } else { Scope::LocalOnly }
     }
 
     /// Counts a request; too many of them get the seconds after which the next one is welcome.

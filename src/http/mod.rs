@@ -5,6 +5,7 @@
 
 mod activity;
 mod answer;
+mod api;
 mod app;
 mod cache;
 mod counted_body;

@@ -16,6 +16,8 @@ pub struct Options {
     pub listen: Vec<SocketAddr>,
     /// Networks that are answered; others get 403. Default: loopback, private, unique-local, link-local, 100.64.0.0/10.
     pub allow: Vec<IpNet>,
+    /// Networks for which peers are asked, besides loopback; everybody else gets what is here. Default: none.
+    pub relay_for: Vec<IpNet>,
     /// What nix-cache-info says of the order of caches: the lower, the earlier. Default 30; cache.nixos.org has 40.
     pub priority: u32,
     /// Whether nix-cache-info invites clients to ask for many paths at once. Default true.
@@ -41,6 +43,7 @@ impl Default for Options {
         Self {
             listen: vec![SocketAddr::from(([0u16; 8], 9999))],
             allow: networks.iter().filter_map(|network| network.parse().ok()).collect(),
+            relay_for: Vec::new(),
             priority: 30,
             want_mass_query: true,
             drain_time: Duration::from_secs(30),

@@ -1,18 +1,47 @@
-//! The decision who answers a request. So far: the local store, with our signatures added.
+//! The decision who answers a request: the local store, or a peer.
 //!
-//! Above the store and below HTTP: knows what a narinfo says, and nothing of requests and statuses.
+//! Where `store`, `peer`, `cache` and `trust` meet. Knows what a narinfo says, and nothing of requests and statuses. The
+//! invariants: what comes from a peer is passed on only when it is trusted, and a request that is to be answered from local
+//! content ([`Scope::LocalOnly`]) never leaves the host.
+
+mod local;
+mod lookup;
+mod options;
+mod relay;
 
 use std::sync::Arc;
 
 use bytes::Bytes;
 use thiserror::Error;
+use tokio::sync::broadcast::error::RecvError;
 
+pub use crate::peer::{PEER_HEADER, Peer, Peers, Source};
+pub use crate::store::{NarReadError, NarStream, StoreState};
+pub use local::LocalNar;
+pub use options::Options;
+pub use relay::{RelayError, RelayedNar};
+
+use self::local::Local;
+use self::lookup::Lookup;
+use self::relay::Relays;
+use crate::cache::{self, Misses, Origin, PeerCache, Served};
+use crate::metrics::LookupMetrics;
 use crate::nix::cache_url::NarUrl;
-use crate::nix::narinfo::{NarFile, NarInfo, NarInfoError, PathInfo};
+use crate::nix::narinfo::{NarFile, NarInfo, NarInfoError};
 use crate::nix::{StorePath, StorePathHash};
+use crate::peer::News;
 use crate::signing::Signer;
 use crate::store::{KnownPath, Store, StoreError};
-pub use crate::store::{NarReadError, NarStream, StoreState};
+use crate::trust::{Trust, TrustedNarInfo};
+
+/// Who may be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// The local store alone: the request comes from a peer, or from somebody whom we do not relay for.
+    LocalOnly,
+    /// The local store, and then the peers.
+    LocalThenPeers,
+}
 
 /// Why there is no answer. "Not here" is none of these: that is `Ok(None)`.
 #[derive(Debug, Error)]
@@ -33,99 +62,174 @@ impl ResolveError {
     }
 }
 
-/// Finds who can answer, and answers.
-#[derive(Clone, Debug)]
-pub struct Resolver {
-    store: Store,
-    signer: Arc<Signer>,
+/// A NAR that can be read.
+pub enum Nar {
+    /// From the local store.
+    Local(LocalNar),
+    /// From a peer.
+    Relayed(RelayedNar),
 }
 
-/// A NAR that can be read.
+/// Finds who can answer, and answers. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Resolver {
+    local: Local,
+    peers: Peers,
+    cache: PeerCache,
+    misses: Misses,
+    trust: Trust,
+    lookup: Lookup,
+    relays: Relays,
+    metrics: LookupMetrics,
+}
+
+/// What a resolver is made of.
 #[derive(Debug)]
-pub struct Nar {
-    store: Store,
-    known: Arc<KnownPath>,
+pub struct Parts {
+    /// The local store.
+    pub store: Store,
+    /// The keys that it signs with.
+    pub signer: Arc<Signer>,
+    /// Whom it asks.
+    pub peers: Peers,
+    /// Whom it believes.
+    pub trust: Trust,
+    /// What it counts.
+    pub metrics: LookupMetrics,
 }
 
 impl Resolver {
-    /// Answers from this store, signing with these keys.
+    /// Puts the parts together.
     #[must_use]
-    pub fn new(store: Store, signer: Arc<Signer>) -> Self {
-        Self { store, signer }
+    pub fn new(parts: Parts, options: &Options, remembered: &cache::Options) -> Self {
+        let Parts { store, signer, peers, trust, metrics } = parts;
+        let (cache, misses) = (PeerCache::new(remembered), Misses::new(remembered));
+        let lookup = Lookup::new(lookup::Parts {
+            peers: peers.clone(),
+            misses: misses.clone(),
+            cache: cache.clone(),
+            trust: trust.clone(),
+            store_dir: store.store_dir().clone(),
+            budget: options.narinfo_budget,
+            metrics: metrics.clone(),
+        });
+        let verify_first = options.verify_first.as_u64();
+        let relays = Relays::new(peers.clone(), cache.clone(), lookup.clone(), verify_first, options.stall);
+        Self { local: Local::new(store, signer), peers, cache, misses, trust, lookup, relays, metrics }
     }
 
     /// The store that it answers from.
     #[must_use]
     pub fn store(&self) -> &Store {
-        &self.store
+        self.local.store()
     }
 
     /// The keys that it signs with.
     #[must_use]
     pub fn signer(&self) -> &Signer {
-        &self.signer
+        self.local.signer()
     }
 
-    /// The text of a narinfo, if it can be had without waiting.
+    /// Whom it asks.
+    #[must_use]
+    pub fn peers(&self) -> &Peers {
+        &self.peers
+    }
+
+    /// Whom it believes.
+    #[must_use]
+    pub fn trust(&self) -> &Trust {
+        &self.trust
+    }
+
+    /// How many misses are remembered, about.
+    #[must_use]
+    pub fn remembered_misses(&self) -> u64 {
+        self.misses.len()
+    }
+
+    /// The text of a narinfo of the local store, if it can be had without waiting.
+    #[must_use]
     pub fn narinfo_at_once(&self, hash: &StorePathHash) -> Option<Bytes> {
-        self.signed(&*self.store.remembered(hash)?).ok()
+        self.local.narinfo_at_once(hash)
     }
 
-    /// The text of a narinfo: stored signatures first, then ours.
-    pub async fn narinfo(&self, hash: &StorePathHash) -> Result<Option<Bytes>, ResolveError> {
-        match self.store.path(hash).await? {
-            Some(known) => Ok(Some(self.signed(&known)?)),
-            None => Ok(None),
+    /// The text of a narinfo: the signatures that came with the path first, then ours.
+    pub async fn narinfo(&self, hash: &StorePathHash, scope: Scope) -> Result<Option<Bytes>, ResolveError> {
+        let local = self.local.path(hash).await;
+        if let Ok(Some(known)) = &local {
+            self.remember_local(hash, known);
+            return Ok(Some(self.local.signed(known)?));
+        }
+        if scope == Scope::LocalOnly {
+            return local.map(|_| None).map_err(ResolveError::from);
+        }
+        // A store that can't be asked is no reason not to ask others.
+        let found = self.lookup.find(*hash).await;
+        self.metrics.remembered_misses.set(i64::try_from(self.misses.len()).unwrap_or(i64::MAX));
+        match found {
+            Some(found) => {
+                tracing::debug!(store_path.hash = %hash, peer.id = %found.peer, "a peer has it");
+                Ok(Some(self.passed_on(&found.narinfo)?))
+            }
+            None => local.map(|_| None).map_err(ResolveError::from),
         }
     }
 
-    /// A NAR, if the path is here and still has that NarHash.
-    pub async fn nar(&self, url: &NarUrl) -> Result<Option<Nar>, ResolveError> {
-        let Some(known) = self.store.path(&url.hash).await? else { return Ok(None) };
-        if url.nar_hash.is_some_and(|nar_hash| nar_hash != known.info.nar_hash) {
-            return Ok(None);
+    /// A NAR, from the local store if that has it with this NarHash, else from a peer.
+    pub async fn nar(&self, url: &NarUrl, scope: Scope) -> Result<Option<Nar>, ResolveError> {
+        let local = self.local.nar(url).await;
+        if let Ok(Some(nar)) = local {
+            return Ok(Some(Nar::Local(nar)));
         }
-        Ok(Some(Nar { store: self.store.clone(), known }))
+        self.cache.forget(&url.hash, &Origin::Localhost);
+        if scope == Scope::LocalThenPeers
+            && let Some(nar) = self.relays.nar(url).await
+        {
+            return Ok(Some(Nar::Relayed(nar)));
+        }
+        local.map(|_| None).map_err(ResolveError::from)
     }
 
-    /// The listing of a path, unless it has names that JSON can't say.
+    /// The listing of a path of the local store, unless it has names that JSON can't say.
     pub async fn listing(&self, hash: &StorePathHash) -> Result<Option<Bytes>, ResolveError> {
-        let Some(known) = self.store.path(hash).await? else { return Ok(None) };
-        Ok(self.store.listing(&known).await?.map(Bytes::from))
+        Ok(self.local.listing(hash).await?)
     }
 
-    /// The build log of a derivation.
+    /// The build log of a derivation, from the local store.
     pub async fn log(&self, derivation: &StorePath) -> Result<Option<Bytes>, ResolveError> {
-        Ok(self.store.log(derivation).await?.map(Bytes::from))
+        Ok(self.store().log(derivation).await?.map(Bytes::from))
     }
 
-    fn signed(&self, known: &KnownPath) -> Result<Bytes, NarInfoError> {
-        known.derived(|info| self.sign(info).map(Bytes::from))
-    }
-
-    fn sign(&self, info: &PathInfo) -> Result<Vec<u8>, NarInfoError> {
-        let store_dir = self.store.store_dir();
-        let mut info = info.clone();
-        for ours in self.signer.sign(&info.fingerprint(store_dir)?) {
-            // Ours may be stored already: a path that came back to the host that signed it.
-            if !info.signatures.contains(&ours) {
-                info.signatures.push(ours);
+    /// Follows what the peers tell, so that a remembered miss does not hide what has come since. Ends when dropped.
+    pub async fn follow_news(self) {
+        let mut news = self.peers.news();
+        loop {
+            match news.recv().await {
+                Ok(News::Gained(hashes)) if !hashes.is_empty() => {
+                    hashes.iter().for_each(|hash| self.misses.gained(hash));
+                }
+                // Too much at once to know what it was: then nothing remembered is believed.
+                Ok(News::Came | News::Gained(_)) | Err(RecvError::Lagged(_)) => self.misses.flush(),
+                Err(RecvError::Closed) => return,
             }
         }
+    }
+
+    fn remember_local(&self, hash: &StorePathHash, known: &KnownPath) {
+        let (nar_hash, nar_size) = (known.info.nar_hash, known.info.nar_size);
+        let nar_path = String::new();
+        self.cache.remember(*hash, Served { origin: Origin::Localhost, nar_hash, nar_size, nar_path });
+    }
+
+    /// A peer's narinfo as we pass it on: our URL in the place of the peer's, and our signature where it may stand.
+    fn passed_on(&self, trusted: &TrustedNarInfo) -> Result<Bytes, NarInfoError> {
+        let NarInfo { mut info, extensions, .. } = trusted.narinfo().clone();
+        if self.trust.resigns() && trusted.may_be_signed() {
+            self.local.add_signatures(&mut info)?;
+        }
         let file = NarFile::plain(&info);
-        NarInfo { info, file, extensions: Vec::new() }.to_text(store_dir)
-    }
-}
-
-impl Nar {
-    /// The facts about the path.
-    #[must_use]
-    pub fn info(&self) -> &PathInfo {
-        &self.known.info
-    }
-
-    /// The bytes of the NAR in `range`, which has to lie within NarSize.
-    pub async fn stream(&self, range: std::ops::Range<u64>) -> Result<NarStream, ResolveError> {
-        Ok(self.store.nar(&self.known, range).await?)
+        let text = NarInfo { info, file, extensions }.to_text(self.store().store_dir())?;
+        Ok(Bytes::from(text))
     }
 }

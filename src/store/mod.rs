@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use moka::sync::Cache;
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 pub use build_log::LogError;
@@ -109,9 +109,13 @@ impl Drop for Inner {
 }
 
 impl Store {
-    /// Opens the store, and returns with it the task that owns its processes and ends after the last handle does. No
+    /// Opens the store; `gained` is told of paths that come. Returns with it the task that owns its processes and ends after the last handle does. No
     /// Nix on the machine is no error: every answer is "not here" until there is.
-    pub fn open(options: Options, metrics: &StoreMetrics) -> Result<(Self, JoinHandle<()>), OpenError> {
+    pub fn open(
+        options: Options,
+        metrics: &StoreMetrics,
+        gained: mpsc::Sender<StorePathHash>,
+    ) -> Result<(Self, JoinHandle<()>), OpenError> {
         let directory = options.directory();
         if let Some(root) = options.root.as_ref().filter(|root| !root.is_dir()) {
             // nix-store would make it, and a slip of the pen would look like an empty store.
@@ -129,7 +133,7 @@ impl Store {
             }
         }
         let store_dir = StoreDir::default();
-        let names = Arc::new(Names::new(directory, metrics.clone()));
+        let names = Arc::new(Names::new(directory, metrics.clone(), gained));
         let follower = tokio::spawn(Arc::clone(&names).follow());
         let (leases, task) = Leases::start(options.clone(), store_dir.clone(), metrics.clone());
         let known = KnownPaths::new(options.remember.as_u64());

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 
+use tokio::sync::mpsc;
+
 use crate::metrics::StoreMetrics;
 use crate::nix::{StorePath, StorePathHash};
 
@@ -29,6 +31,8 @@ pub(super) struct Names {
     /// A path and its `.lock` share a hash part, so there may be several names; mostly there is one.
     names: RwLock<HashMap<StorePathHash, Vec<Box<str>>>>,
     watch: Mutex<Watch>,
+    /// Told of paths that have come; a queue that is full loses some, and nobody waits.
+    gained: mpsc::Sender<StorePathHash>,
     /// One scan at a time.
     scanning: tokio::sync::Mutex<()>,
 }
@@ -51,10 +55,14 @@ enum Change {
 
 impl Names {
     /// Nothing is read yet: the first question, or [`Names::follow`], does.
-    pub(super) fn new(directory: PathBuf, metrics: StoreMetrics) -> Self {
+    pub(super) fn new(
+        directory: PathBuf,
+        metrics: StoreMetrics,
+        gained: mpsc::Sender<StorePathHash>,
+    ) -> Self {
         let watch = Mutex::new(Watch { stale: true, ..Watch::default() });
         let (names, scanning) = (RwLock::default(), tokio::sync::Mutex::default());
-        Self { directory, metrics, names, watch, scanning }
+        Self { directory, metrics, names, watch, gained, scanning }
     }
 
     /// The store path with this hash part, if the directory has such a name.
@@ -121,6 +129,7 @@ impl Names {
         }
         let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
         for change in changes {
+            self.tell(&change);
             match change {
                 Change::Appeared(path) => insert(&mut names, &path),
                 Change::Disappeared(path) => {
@@ -135,6 +144,17 @@ impl Names {
             }
         }
         self.metrics.names.set(names.len() as i64);
+    }
+
+    /// A path is there when its name comes, and valid when its lock goes.
+    fn tell(&self, change: &Change) {
+        let (path, told) = match change {
+            Change::Appeared(path) => (path, !path.name().ends_with(".lock")),
+            Change::Disappeared(path) => (path, path.name().ends_with(".lock")),
+        };
+        if told {
+            let _ = self.gained.try_send(StorePathHash::of(path));
+        }
     }
 
     /// Reads the directory whole, once however many ask at the same time.
@@ -291,7 +311,7 @@ mod tests {
         let hash = StorePathHash::parse(part.as_bytes()).unwrap();
         std::fs::create_dir(&store).unwrap();
         std::fs::write(store.join(format!("{part}-text")), "").unwrap();
-        let names = Arc::new(Names::new(store.clone(), Metrics::new().store));
+        let names = Arc::new(Names::new(store.clone(), Metrics::new().store, mpsc::channel(1).0));
         assert!(names.find(&hash).await.is_some());
         // The directory goes away (which the watch tells), and what is there can't be read as one.
         std::fs::rename(&store, &aside).unwrap();

@@ -97,7 +97,12 @@ fn try_shows_that_it_works_and_leaves_nothing_behind() {
     let folder = tempfile::tempdir().unwrap();
     let mut trial = std::process::Command::new(PROGRAM);
     let report = text(trial.arg("try").env("TMPDIR", folder.path()));
-    for said in ["paths copied         25", "refused with a wrong key, accepted with the right one", "MB/s"] {
+    for said in [
+        "found each other      after",
+        "paths copied         25",
+        "refused with a wrong key, accepted with the right one",
+        "MB/s",
+    ] {
         assert!(report.contains(said), "{report}");
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);

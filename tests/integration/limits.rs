@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::support::daemon::{Daemon, PROGRAM};
+use crate::support::host::namespaces;
 use crate::support::http::get;
 use crate::support::store::Store;
 use crate::support::{eventually, succeed};
@@ -106,28 +107,23 @@ fn garbage_of_any_kind_ends_its_own_connection_only() {
 }
 
 /// A network of its own with more addresses than loopback's, where a daemon sees others than the local Nix.
-struct Network(std::process::Child);
+struct Network {
+    outer: std::process::Child,
+    inner: u32,
+}
 
 impl Network {
     fn new() -> Self {
         let script = "ip link set lo up && ip link add far type veth peer name near && ip link set near up && ip link set far up \
             && ip address add 10.1.0.1/24 dev far && ip address add 10.1.0.2/24 dev far \
-            && ip address add 203.0.113.1/24 dev far && echo ready && exec sleep infinity";
-        let mut unshare = Command::new("unshare");
-        unshare.args(["--net", "--mount", "--fork", "--kill-child", "sh", "-c", script]);
-        let mut process = unshare.stdout(std::process::Stdio::piped()).spawn().unwrap();
-        let mut line = String::new();
-        std::io::BufRead::read_line(&mut std::io::BufReader::new(process.stdout.take().unwrap()), &mut line)
-            .unwrap();
-        assert_eq!(line, "ready\n", "network namespaces can't be made here: these tests need root");
-        Self(process)
+            && ip address add 203.0.113.1/24 dev far";
+        let (outer, inner) = namespaces(&["--net", "--mount"], script, None);
+        Self { outer, inner }
     }
 
     fn command(&self, program: &str) -> Command {
-        let outer = self.0.id();
-        let inner = std::fs::read_to_string(format!("/proc/{outer}/task/{outer}/children")).unwrap();
         let mut command = Command::new("nsenter");
-        command.args(["--target", inner.trim(), "--net", "--", program]);
+        command.args(["--target", &self.inner.to_string(), "--net", "--", program]);
         command
     }
 
@@ -154,8 +150,8 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.outer.kill();
+        let _ = self.outer.wait();
     }
 }
 

@@ -5,10 +5,12 @@
 
 mod clients;
 mod command_line;
+mod lan;
 mod limits;
 mod nar;
 mod narinfo;
 mod nix_store_process;
+mod peers;
 mod shutdown;
 mod signatures;
 mod support;

@@ -25,8 +25,14 @@ impl Daemon {
         Self::start(Command::new(PROGRAM), &format!("[store]\nroot = {root:?}\n{settings}"))
     }
 
-    /// Starts the program that `command` names, with a configuration.
+    /// Starts the program that `command` names, with a configuration, on a port of loopback.
     pub fn start(mut command: Command, settings: &str) -> Self {
+        command.args(["--listen", "127.0.0.1:0"]);
+        Self::start_as_configured(command, settings)
+    }
+
+    /// The same, on the addresses that the configuration names, or that it has by default.
+    pub fn start_as_configured(mut command: Command, settings: &str) -> Self {
         let folder = tempfile::Builder::new().prefix("peernix-daemon-").tempdir().unwrap();
         let config = folder.path().join("peernix.toml");
         let state = folder.path().join("state");
@@ -34,11 +40,14 @@ impl Daemon {
         // Whoever the daemon runs as has to read the one and write the other.
         open_to_all(folder.path());
         open_to_all(&state);
-        let common = format!(
-            "[log]\nformat = \"json\"\nfilter = \"info,peernix=debug\"\n[state]\ndirectory = {state:?}\n"
-        );
-        std::fs::write(&config, format!("{common}{settings}\n")).unwrap();
-        command.arg("--config").arg(&config).args(["--listen", "127.0.0.1:0"]);
+        let mut common = "[log]\nformat = \"json\"\nfilter = \"info,peernix=debug\"\n".to_owned();
+        if !settings.contains("[state]") {
+            common.push_str(&format!("[state]\ndirectory = {state:?}\n"));
+        }
+        // Outside of a network of their own, daemons that looked for each other would find the neighbours' too.
+        let alone = if settings.contains("[discovery]") { "" } else { "[discovery]\nenable = false\n" };
+        std::fs::write(&config, format!("{common}{alone}{settings}\n")).unwrap();
+        command.arg("--config").arg(&config);
         command.env_remove("PEERNIX_LOG").stderr(Stdio::piped());
         let mut process = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let log = Arc::new(Mutex::new(Vec::new()));
@@ -87,7 +96,12 @@ impl Daemon {
         let mut found = Vec::new();
         for task in std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten() {
             let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            found.extend(children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()));
+            found.extend(
+                children
+                    .split_whitespace()
+                    .filter_map(|pid| pid.parse::<u32>().ok())
+                    .filter(|pid| serves(*pid)),
+            );
         }
         found
     }
@@ -108,6 +122,12 @@ impl Daemon {
         let process = &mut self.process;
         eventually("the daemon ends", || process.try_wait().unwrap())
     }
+}
+
+/// Other children come and go: `nix show-config`, `nix-store --version`.
+fn serves(pid: u32) -> bool {
+    std::fs::read(format!("/proc/{pid}/cmdline"))
+        .is_ok_and(|line| line.split(|b| *b == 0).any(|arg| arg == b"--serve"))
 }
 
 impl Drop for Daemon {

@@ -13,6 +13,7 @@ pub struct Host {
     outer: Child,
     /// The first process within, as seen from outside.
     inner: u32,
+    has_network: bool,
     folder: tempfile::TempDir,
     nix_daemon: Option<Child>,
 }
@@ -21,9 +22,17 @@ pub struct Host {
 const NOBODY: &str = "65534";
 
 impl Host {
-    /// A host with an empty /nix. `conf` is its nix.conf.
+    /// A host with an empty /nix, on the network of this machine. `conf` is its nix.conf.
     pub fn new(conf: &str) -> Self {
-        assert!(rustix::process::geteuid().is_root(), "these tests make namespaces: run them as root");
+        Self::start(conf, false)
+    }
+
+    /// The same with a network of its own, which has nothing but loopback yet.
+    pub fn with_network(conf: &str) -> Self {
+        Self::start(conf, true)
+    }
+
+    fn start(conf: &str, has_network: bool) -> Self {
         assert!(Path::new("/nix").is_dir(), "there is no /nix to mount on: tests/run.sh installs nix-bin");
         let folder = tempfile::Builder::new().prefix("peernix-host-").tempdir().unwrap();
         let nix = folder.path().join("nix");
@@ -32,23 +41,24 @@ impl Host {
         }
         succeed(Command::new("chmod").args(["a+rx", "--"]).arg(folder.path()));
         succeed(Command::new("chown").arg(NOBODY).arg(nix.join("nobody")));
+        let kinds =
+            if has_network { &["--mount", "--pid", "--net", "--uts"][..] } else { &["--mount", "--pid"] };
+        let (outer, inner) =
+            namespaces(kinds, "mount --bind \"$1\" /nix && mount -t proc proc /proc", Some(&nix));
+        let host = Self { outer, inner, has_network, folder, nix_daemon: None };
+        host.configure(conf);
+        host
+    }
+
+    /// Writes its nix.conf.
+    pub fn configure(&self, conf: &str) {
         let settings = "build-users-group =\nsandbox = false\nexperimental-features = nix-command\n";
-        std::fs::write(nix.join("etc/nix.conf"), format!("{settings}{conf}\n")).unwrap();
-        let script =
-            "mount --bind \"$1\" /nix && mount -t proc proc /proc && echo ready && exec sleep infinity";
-        let mut outer = Command::new("unshare")
-            .args(["--mount", "--pid", "--fork", "--kill-child", "--propagation", "private"])
-            .args(["sh", "-c", script, "sh"])
-            .arg(&nix)
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(outer.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(line, "ready\n", "namespaces can't be made here: these tests need root and CAP_SYS_ADMIN");
-        let pid = outer.id();
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-        Self { outer, inner: children.trim().parse().unwrap(), folder, nix_daemon: None }
+        std::fs::write(self.nix_folder().join("etc/nix.conf"), format!("{settings}{conf}\n")).unwrap();
+    }
+
+    /// The first process within, as seen from outside.
+    pub fn inner(&self) -> u32 {
+        self.inner
     }
 
     /// Where its /nix lies, seen from outside.
@@ -74,7 +84,8 @@ impl Host {
 
     fn enter(&self) -> Command {
         let mut command = Command::new("nsenter");
-        command.args(["--target", &self.inner.to_string(), "--mount", "--pid", "--"]);
+        command.args(["--target", &self.inner.to_string(), "--mount", "--pid"]);
+        command.args(if self.has_network { &["--net", "--uts", "--"][..] } else { &["--"] });
         command.env("NIX_CONF_DIR", "/nix/etc").env_remove("NIX_REMOTE").env_remove("NIX_CONFIG");
         command.env_remove("NIX_PATH").env_remove("XDG_CACHE_HOME");
         command
@@ -103,6 +114,27 @@ impl Host {
         build.args(["--no-out-link", "--option", "substitute", "false", "/nix/home/test.nix"]);
         text(&mut build).lines().map(str::to_owned).collect()
     }
+}
+
+/// Opens namespaces, runs a script in them that sets them up, and keeps them open. Gives the process that opened them and
+/// the first one within.
+pub fn namespaces(kinds: &[&str], script: &str, argument: Option<&Path>) -> (Child, u32) {
+    assert!(rustix::process::geteuid().is_root(), "these tests make namespaces: run them as root");
+    let mut outer = Command::new("unshare")
+        .args(kinds)
+        .args(["--fork", "--kill-child", "--propagation", "private", "sh", "-c"])
+        .arg(format!("{script} && echo ready && exec sleep infinity"))
+        .arg("sh")
+        .args(argument)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(outer.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    assert_eq!(line, "ready\n", "namespaces can't be made here: these tests need root and CAP_SYS_ADMIN");
+    let pid = outer.id();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+    (outer, children.trim().parse().unwrap())
 }
 
 impl Drop for Host {

@@ -3,6 +3,7 @@
 pub mod daemon;
 pub mod host;
 pub mod http;
+pub mod lan;
 pub mod store;
 
 use std::process::{Command, Output};

@@ -1,0 +1,100 @@
+//! `/api/v1/…`: who is there and how it goes, as JSON.
+
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::resolve::{Peer, Resolver, StoreState};
+
+/// One peer, as `/api/v1/peers` tells it.
+#[derive(Debug, Serialize)]
+struct PeerReport {
+    id: String,
+    url: String,
+    source: crate::resolve::Source,
+    peernix_version: String,
+    nix_version: String,
+    platform: String,
+    features: Vec<String>,
+    /// Shown, never trusted.
+    public_key: String,
+    known_for_seconds: u64,
+    last_seen_seconds_ago: f64,
+    successes: u64,
+    failures: u64,
+    failures_in_a_row: u32,
+    /// Not asked for now, after failures.
+    paused: bool,
+    in_flight: u32,
+    latency_ms: Option<f64>,
+    bytes_per_second: Option<f64>,
+}
+
+#[derive(Serialize)]
+struct Status {
+    version: &'static str,
+    instance_id: String,
+    uptime_seconds: u64,
+    store: String,
+    public_keys: String,
+    trusted_keys: Vec<String>,
+    peers: usize,
+    remembered_misses: u64,
+}
+
+/// All peers.
+pub(super) fn peers(resolver: &Resolver) -> String {
+    let now = Instant::now();
+    let reports: Vec<PeerReport> = resolver.peers().all().into_iter().map(|peer| report(peer, now)).collect();
+    to_json(&reports)
+}
+
+/// How it goes.
+pub(super) fn status(resolver: &Resolver, uptime: Duration) -> String {
+    to_json(&Status {
+        version: env!("CARGO_PKG_VERSION"),
+        instance_id: resolver.peers().own_id().to_owned(),
+        uptime_seconds: uptime.as_secs(),
+        store: store_text(&resolver.store().state().borrow()),
+        public_keys: resolver.signer().public_key_line(),
+        trusted_keys: resolver.trust().key_names(),
+        peers: resolver.peers().all().len(),
+        remembered_misses: resolver.remembered_misses(),
+    })
+}
+
+/// The state of the store in a word, and why where it is bad.
+pub(super) fn store_text(state: &StoreState) -> String {
+    match state {
+        StoreState::Starting => "starting".to_owned(),
+        StoreState::Serving => "serving".to_owned(),
+        StoreState::Unavailable(error) => format!("unavailable: {error}"),
+    }
+}
+
+fn report(peer: Peer, now: Instant) -> PeerReport {
+    PeerReport {
+        paused: peer.is_paused(now),
+        id: peer.id.to_string(),
+        url: peer.url,
+        source: peer.source,
+        peernix_version: peer.announce.peernix_version,
+        nix_version: peer.announce.nix_version,
+        platform: peer.announce.platform,
+        features: peer.announce.features,
+        public_key: peer.announce.public_key,
+        known_for_seconds: now.saturating_duration_since(peer.first_seen).as_secs(),
+        last_seen_seconds_ago: now.saturating_duration_since(peer.last_seen).as_secs_f64(),
+        successes: peer.successes,
+        failures: peer.failures,
+        failures_in_a_row: peer.failures_in_a_row,
+        in_flight: peer.in_flight,
+        latency_ms: peer.latency.map(|latency| latency.as_secs_f64() * 1e3),
+        bytes_per_second: peer.bytes_per_second,
+    }
+}
+
+fn to_json(value: &impl Serialize) -> String {
+    // Nothing in these types can fail to be written; an empty page would be the worst of it.
+    serde_json::to_string_pretty(value).map(|json| json + "\n").unwrap_or_default()
+}

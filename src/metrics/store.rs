@@ -1,0 +1,37 @@
+//! What the store counts: questions, leases, processes, names.
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// What the store counts.
+#[derive(Clone, Debug, Default)]
+pub struct StoreMetrics {
+    /// Paths that `nix-store` was asked about.
+    pub queries: Counter,
+    /// Temporary garbage-collector roots that are held now.
+    pub leases: Gauge,
+    /// Leases that could not be had, or were lost because the process that held them died.
+    pub lease_failures: Counter,
+    /// `nix-store --serve` processes that were started after one had died.
+    pub child_restarts: Counter,
+    /// Times that the store directory was read whole.
+    pub scans: Counter,
+    /// Names in the store directory.
+    pub names: Gauge,
+}
+
+pub(super) fn register(registry: &mut Registry, store: &StoreMetrics) {
+    let help = "Paths that nix-store was asked about";
+    registry.register("store_queries", help, store.queries.clone());
+    let help = "Temporary garbage-collector roots that are held";
+    registry.register("store_leases", help, store.leases.clone());
+    let help = "Leases that could not be had or were lost";
+    registry.register("lease_failures", help, store.lease_failures.clone());
+    let help = "nix-store processes that were started after one had died";
+    registry.register("store_child_restarts", help, store.child_restarts.clone());
+    let help = "Times that the store directory was read whole";
+    registry.register("store_scans", help, store.scans.clone());
+    let help = "Names in the store directory";
+    registry.register("store_names", help, store.names.clone());
+}

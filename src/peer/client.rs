@@ -1,0 +1,195 @@
+//! The way to one peer: pooled connections, a deadline on everything, and errors that say whose fault it was.
+//!
+//! Knows what a binary cache answers, and nothing of whether it is true.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
+use reqwest::{Response, StatusCode};
+use thiserror::Error;
+use tokio::time::timeout;
+
+use super::registry::{Asking, Peer};
+use super::wire::{MAX_DATAGRAM, Message};
+use crate::nix::StorePathHash;
+
+/// The header that a peer's request carries: whoever gets it answers from its own store alone.
+pub const PEER_HEADER: &str = "x-peernix-peer";
+/// The largest narinfo that is taken from a peer, in bytes: one with thousands of references.
+const MAX_NARINFO: usize = 512 * 1024;
+/// Connections to a peer that are kept open for the next request.
+const IDLE_CONNECTIONS: usize = 8;
+/// After how long a datagram is sent once more; the pause doubles.
+const FIRST_RESEND: Duration = Duration::from_millis(30);
+
+/// Why a peer gave no answer.
+#[derive(Debug, Error)]
+pub enum FetchError {
+    /// No connection, or a connection that broke.
+    #[error("no connection: {0}")]
+    Network(String),
+    /// Nothing within the deadline.
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    /// Another status than 200 and "not here".
+    #[error("it answered with status {0}")]
+    Status(u16),
+    /// More than any narinfo has, or than was announced.
+    #[error("it sent more than {0} bytes")]
+    TooLarge(u64),
+    /// The request could not be made at all.
+    #[error("the request can't be made: {0}")]
+    Request(String),
+}
+
+/// Whose fault a failure is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Blame {
+    /// The peer answers wrongly.
+    Peer,
+    /// The way to it, or its being away.
+    Network,
+    /// Ourselves: no reason to think worse of the peer.
+    Us,
+}
+
+impl FetchError {
+    /// Whose fault it is.
+    #[must_use]
+    pub fn blame(&self) -> Blame {
+        match self {
+            Self::Network(_) | Self::Timeout(_) => Blame::Network,
+            Self::Status(_) | Self::TooLarge(_) => Blame::Peer,
+            Self::Request(_) => Blame::Us,
+        }
+    }
+}
+
+/// The way to one peer. Cheap to clone: all clones share the connections.
+#[derive(Clone, Debug)]
+pub struct PeerClient {
+    http: reqwest::Client,
+    base: String,
+    asking: Asking,
+}
+
+impl PeerClient {
+    /// A client for a peer. `own_id` is told with each request.
+    pub fn new(peer: &Peer, own_id: &str) -> Result<Self, FetchError> {
+        let mut headers = HeaderMap::new();
+        let id = HeaderValue::from_str(own_id).map_err(|error| FetchError::Request(error.to_string()))?;
+        headers.insert(PEER_HEADER, id);
+        // The bytes are hashed as they come: packed ones would not be those that were signed.
+        headers.insert("accept-encoding", HeaderValue::from_static("identity"));
+        headers.insert(ACCEPT, HeaderValue::from_static("*/*"));
+        let mut builder = reqwest::Client::builder()
+            .default_headers(headers)
+            .no_proxy()
+            .http1_only()
+            .tcp_nodelay(true)
+            .redirect(reqwest::redirect::Policy::none())
+            .pool_max_idle_per_host(IDLE_CONNECTIONS)
+            .connect_timeout(Duration::from_secs(2));
+        let base = match peer.address {
+            // A link-local address needs its interface, which no URL can say.
+            Some(address @ SocketAddr::V6(v6)) if v6.scope_id() != 0 => {
+                builder = builder.resolve("peer.invalid", address);
+                format!("http://peer.invalid:{}/nix-cache", address.port())
+            }
+            _ => peer.url.clone(),
+        };
+        let http = builder.build().map_err(|error| FetchError::Request(error.to_string()))?;
+        Ok(Self { http, base, asking: peer.asking })
+    }
+
+    /// The text of a narinfo; `None` is "not here". At most `within`.
+    pub async fn narinfo(&self, hash: &StorePathHash, within: Duration) -> Result<Option<Bytes>, FetchError> {
+        let asked = async {
+            if let Asking::Datagram(address) = self.asking
+                && !has_path(address, hash).await?
+            {
+                return Ok(None);
+            }
+            let answer = self.get(&format!("{hash}.narinfo")).await?;
+            match answer {
+                Some(answer) => body(answer, MAX_NARINFO).await.map(Some),
+                None => Ok(None),
+            }
+        };
+        timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
+    }
+
+    /// Begins to fetch a file of the cache, given by its path below it; `None` is "not here".
+    pub async fn file(&self, path: &str, within: Duration) -> Result<Option<Response>, FetchError> {
+        timeout(within, self.get(path)).await.map_err(|_| FetchError::Timeout(within))?
+    }
+
+    /// Whether it answers at all.
+    pub async fn check(&self, within: Duration) -> Result<(), FetchError> {
+        let asked = async {
+            match self.get("nix-cache-info").await? {
+                Some(answer) => body(answer, MAX_NARINFO).await.map(drop),
+                None => Err(FetchError::Status(404)),
+            }
+        };
+        timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
+    }
+
+    async fn get(&self, path: &str) -> Result<Option<Response>, FetchError> {
+        let answer = self.http.get(format!("{}/{path}", self.base)).send().await.map_err(to_error)?;
+        match answer.status() {
+            StatusCode::OK => Ok(Some(answer)),
+            StatusCode::NOT_FOUND | StatusCode::FORBIDDEN | StatusCode::GONE => Ok(None),
+            status => Err(FetchError::Status(status.as_u16())),
+        }
+    }
+}
+
+/// Reads a whole body of at most `limit` bytes.
+async fn body(mut answer: Response, limit: usize) -> Result<Bytes, FetchError> {
+    let mut bytes = BytesMut::new();
+    while let Some(chunk) = answer.chunk().await.map_err(to_error)? {
+        if bytes.len() + chunk.len() > limit {
+            return Err(FetchError::TooLarge(limit as u64));
+        }
+        bytes.extend_from_slice(&chunk);
+    }
+    Ok(bytes.freeze())
+}
+
+/// What a failure of the HTTP client means here.
+pub fn to_error(error: reqwest::Error) -> FetchError {
+    if error.is_builder() {
+        return FetchError::Request(error.to_string());
+    }
+    // The outermost error only says that something failed; the innermost says what.
+    let mut source: &dyn std::error::Error = &error;
+    while let Some(inner) = source.source() {
+        source = inner;
+    }
+    FetchError::Network(source.to_string())
+}
+
+/// Asks by datagram, again and again until the caller's deadline. Answers name no question, so each has its own socket.
+async fn has_path(address: SocketAddr, hash: &StorePathHash) -> Result<bool, FetchError> {
+    let network = |error: std::io::Error| FetchError::Network(error.to_string());
+    let local: SocketAddr = if address.is_ipv4() { ([0u8; 4], 0).into() } else { ([0u16; 8], 0).into() };
+    let socket = tokio::net::UdpSocket::bind(local).await.map_err(network)?;
+    socket.connect(address).await.map_err(network)?;
+    let question = Message::HasPath(*hash).to_datagram();
+    let (mut pause, mut buffer) = (FIRST_RESEND, [0; MAX_DATAGRAM]);
+    loop {
+        socket.send(&question).await.map_err(network)?;
+        if let Ok(received) = timeout(pause, socket.recv(&mut buffer)).await {
+            let len = received.map_err(network)?;
+            match buffer.get(..len).and_then(Message::parse) {
+                Some(Message::Yes) => return Ok(true),
+                Some(Message::NotFound) => return Ok(false),
+                _ => {}
+            }
+        }
+        pause *= 2;
+    }
+}

@@ -1,0 +1,29 @@
+//! Where announcements go: the broadcast address of every IPv4 interface, and all nodes on every IPv6 link.
+
+use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+
+use if_addrs::IfAddr;
+
+/// All nodes on the link (RFC 4291, section 2.7.1).
+const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
+
+/// The addresses that reach everybody on every link of this host, on this port. Loopback is no link.
+pub(super) fn broadcast_addresses(port: u16) -> Vec<SocketAddr> {
+    let mut addresses: Vec<SocketAddr> = Vec::new();
+    // A system that does not tell its interfaces has none to announce on; the configured targets remain.
+    for interface in if_addrs::get_if_addrs().unwrap_or_default() {
+        if interface.is_loopback() || interface.is_p2p() {
+            continue;
+        }
+        let address = match &interface.addr {
+            IfAddr::V4(v4) => v4.broadcast.map(|address| SocketAddr::from((address, port))),
+            IfAddr::V6(_) => {
+                interface.index.map(|index| SocketAddr::V6(SocketAddrV6::new(ALL_NODES, port, 0, index)))
+            }
+        };
+        if let Some(address) = address.filter(|address| !addresses.contains(address)) {
+            addresses.push(address);
+        }
+    }
+    addresses
+}

@@ -1,0 +1,284 @@
+//! Peers: who is there, how good they are, and the way to each.
+//!
+//! Found by announcement, by multicast DNS and by configuration; known by instance id; checked when silent; saved
+//! for the next start. Knows nothing of stores and trust: what a peer says is a claim, and is passed up as one.
+
+mod client;
+mod discovery;
+mod interfaces;
+mod mdns;
+mod options;
+mod registry;
+mod saved;
+mod udp;
+mod wire;
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::broadcast;
+
+pub use client::{Blame, FetchError, PEER_HEADER, PeerClient, to_error};
+pub use discovery::Discovery;
+pub use options::{ConfiguredPeer, Options};
+pub use registry::{Asking, Peer, PeerId, Registry, Sighting, Source};
+pub use wire::{Announce, Message};
+
+use crate::metrics::PeerMetrics;
+use crate::nix::{NarHash, StorePathHash};
+
+/// News that wait for whoever follows them; who falls behind is told so, and believes nothing remembered.
+const NEWS: usize = 1024;
+
+/// What changes what is known of the LAN.
+#[derive(Clone, Debug)]
+pub enum News {
+    /// A peer that was not there may have anything.
+    Came,
+    /// A peer has these paths now; none named means that they were too many.
+    Gained(Vec<StorePathHash>),
+}
+
+/// What the answer to a question of another host is found by: a function, so that this layer needs no store.
+#[derive(Clone)]
+pub struct Holdings(Arc<HoldingsFn>);
+
+type HoldingsFn =
+    dyn Fn(StorePathHash) -> Pin<Box<dyn Future<Output = Option<Option<NarHash>>> + Send>> + Send + Sync;
+
+impl Holdings {
+    /// `find` gives the NarHash of a path that is held, `Some(None)` for one that is not, and `None` if it can't tell.
+    pub fn new<F, R>(find: F) -> Self
+    where
+        F: Fn(StorePathHash) -> R + Send + Sync + 'static,
+        R: Future<Output = Option<Option<NarHash>>> + Send + 'static,
+    {
+        Self(Arc::new(move |hash| Box::pin(find(hash))))
+    }
+
+    async fn nar_hash(&self, hash: StorePathHash) -> Option<Option<NarHash>> {
+        (self.0)(hash).await
+    }
+}
+
+impl std::fmt::Debug for Holdings {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Holdings")
+    }
+}
+
+/// The peers of this host. Cheap to clone: all clones are one.
+#[derive(Clone, Debug)]
+pub struct Peers(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    registry: Mutex<Registry>,
+    clients: Mutex<HashMap<PeerId, (String, PeerClient)>>,
+    own_id: String,
+    own: Mutex<Announce>,
+    news: broadcast::Sender<News>,
+    metrics: PeerMetrics,
+}
+
+/// A request to a peer that is under way; dropping it says that it has ended.
+#[derive(Debug)]
+pub struct InFlight {
+    peers: Peers,
+    id: PeerId,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.peers.registry().ended(&self.id);
+    }
+}
+
+impl Peers {
+    /// Nobody but the configured. `own` is what this host says of itself; its id has to be set.
+    #[must_use]
+    pub fn new(
+        options: &Options,
+        configured: &[ConfiguredPeer],
+        own: Announce,
+        metrics: PeerMetrics,
+    ) -> Self {
+        let own_id = own.id.clone().unwrap_or_default();
+        let mut registry = Registry::new(own_id.clone(), options.ttl, options.peers);
+        let now = Instant::now();
+        for peer in configured {
+            registry.configured(&peer.url, now);
+        }
+        metrics.known.set(registry.len() as i64);
+        let news = broadcast::Sender::new(NEWS);
+        Self(Arc::new(Inner {
+            registry: Mutex::new(registry),
+            clients: Mutex::default(),
+            own_id,
+            own: Mutex::new(own),
+            news,
+            metrics,
+        }))
+    }
+
+    /// A fresh instance id: 16 hexadecimal digits.
+    pub fn fresh_id() -> Result<String, getrandom::Error> {
+        let mut bytes = [0; 8];
+        getrandom::fill(&mut bytes)?;
+        Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// What this host says of itself.
+    #[must_use]
+    pub fn own_announce(&self) -> Announce {
+        self.0.own.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The instance id of this host.
+    #[must_use]
+    pub fn own_id(&self) -> &str {
+        &self.0.own_id
+    }
+
+    /// What the Nix of this host says of its version, from the next announcement on.
+    pub fn set_nix_version(&self, version: &str) {
+        self.0.own.lock().unwrap_or_else(PoisonError::into_inner).nix_version = version.to_owned();
+    }
+
+    /// Everything that changes from now on.
+    #[must_use]
+    pub fn news(&self) -> broadcast::Receiver<News> {
+        self.0.news.subscribe()
+    }
+
+    /// All peers, as they are now.
+    #[must_use]
+    pub fn all(&self) -> Vec<Peer> {
+        self.registry().all()
+    }
+
+    /// One peer, as it is now.
+    #[must_use]
+    pub fn get(&self, id: &PeerId) -> Option<Peer> {
+        self.registry().get(id).cloned()
+    }
+
+    /// The peers that may be asked now, the best first, and whether somebody was left out who may come back.
+    #[must_use]
+    pub fn candidates(&self) -> Vec<Peer> {
+        self.registry().candidates(Instant::now())
+    }
+
+    /// The way to a peer.
+    pub fn client(&self, peer: &Peer) -> Result<PeerClient, FetchError> {
+        let mut clients = self.0.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        match clients.get(&peer.id) {
+            Some((url, client)) if *url == peer.url => Ok(client.clone()),
+            _ => {
+                let client = PeerClient::new(peer, self.own_id())?;
+                clients.insert(peer.id.clone(), (peer.url.clone(), client.clone()));
+                Ok(client)
+            }
+        }
+    }
+
+    /// A request to a peer begins.
+    #[must_use]
+    pub fn began(&self, id: &PeerId) -> InFlight {
+        self.registry().began(id);
+        InFlight { peers: self.clone(), id: id.clone() }
+    }
+
+    /// It answered as it should.
+    pub fn succeeded(&self, id: &PeerId, latency: Duration) {
+        self.0.metrics.request("ok", latency.as_secs_f64());
+        self.registry().succeeded(id, latency, Instant::now());
+    }
+
+    /// It delivered so many bytes in this time.
+    pub fn delivered(&self, id: &PeerId, bytes: u64, took: Duration) {
+        self.0.metrics.relayed_bytes.inc_by(bytes);
+        self.registry().delivered(id, bytes, took);
+    }
+
+    /// It failed. Our own failures are not counted against it.
+    pub fn failed(&self, id: &PeerId, error: &FetchError, after: Duration) {
+        let outcome = match error.blame() {
+            Blame::Peer => "wrong",
+            Blame::Network => "unreachable",
+            Blame::Us => "not_made",
+        };
+        self.0.metrics.request(outcome, after.as_secs_f64());
+        if error.blame() != Blame::Us {
+            self.registry().failed(id, Instant::now());
+        }
+        tracing::debug!(peer.id = %id, %error, "a peer gave no answer");
+    }
+
+    /// It said what is not so.
+    pub fn lied(&self, id: &PeerId, lie: &str) {
+        self.0.metrics.lies.inc();
+        self.registry().failed(id, Instant::now());
+        tracing::warn!(peer.id = %id, lie, "a peer said what is not so");
+    }
+
+    fn announced(&self, announce: Announce, from: std::net::SocketAddr, source: Source) -> Sighting {
+        let sighting = {
+            let mut registry = self.registry();
+            let sighting = registry.announced(announce, from, source, Instant::now());
+            self.0.metrics.known.set(registry.len() as i64);
+            sighting
+        };
+        if sighting == Sighting::New && source != Source::Saved {
+            tracing::info!(%from, ?source, "a peer came");
+            self.tell(News::Came);
+        }
+        sighting
+    }
+
+    fn goodbye(&self, id: &str) {
+        let mut registry = self.registry();
+        if registry.goodbye(id) {
+            self.0.metrics.known.set(registry.len() as i64);
+            tracing::info!(peer.id = id, "a peer said goodbye");
+        }
+    }
+
+    fn gained(&self, hashes: Vec<StorePathHash>) {
+        self.tell(News::Gained(hashes));
+    }
+
+    /// That nobody listens is no failure.
+    fn tell(&self, news: News) {
+        let _ = self.0.news.send(news);
+    }
+
+    fn metrics(&self) -> &PeerMetrics {
+        &self.0.metrics
+    }
+
+    fn registry(&self) -> MutexGuard<'_, Registry> {
+        self.0.registry.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Forgets whoever was silent for too long, and the ways to them.
+    fn expire(&self) {
+        let (gone, left) = {
+            let mut registry = self.registry();
+            (registry.expire(Instant::now()), registry.len())
+        };
+        self.0.metrics.known.set(left as i64);
+        let mut clients = self.0.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        for id in gone {
+            tracing::info!(peer.id = %id, "a peer was silent for too long and is forgotten");
+            clients.remove(&id);
+        }
+    }
+
+    fn saved_file(state: &std::path::Path) -> PathBuf {
+        saved::file(state)
+    }
+}

@@ -1,0 +1,224 @@
+//! Finding a narinfo on the LAN: all candidates at once, the first good answer, one budget for all of it.
+//!
+//! One flight a hash, owned by the daemon and not by the request that began it: whoever asks meanwhile waits for the same
+//! answer. A miss is remembered only if every peer that may be asked said "not here".
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use nix_narinfo::Compression;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout_at};
+
+use crate::cache::{Misses, Origin, PeerCache, Question, Served};
+use crate::metrics::LookupMetrics;
+use crate::nix::cache_url::rebuilt_nar_path;
+use crate::nix::narinfo::NarInfo;
+use crate::nix::{StoreDir, StorePathHash};
+use crate::peer::{Blame, Peer, PeerId, Peers};
+use crate::trust::{Trust, TrustedNarInfo};
+
+/// Whoever waits for somebody else's flight waits a little longer than that may take.
+const GRACE: Duration = Duration::from_millis(50);
+/// How much later than its questions a flight ends.
+const LAST_WORD: Duration = Duration::from_millis(10);
+/// The first pause before a peer that can't be reached is tried again.
+const FIRST_RETRY: Duration = Duration::from_millis(20);
+
+/// A narinfo that was found, and the peer that had it.
+#[derive(Clone, Debug)]
+pub(super) struct Found {
+    pub(super) peer: PeerId,
+    pub(super) narinfo: Arc<TrustedNarInfo>,
+}
+
+/// How a lookup ended.
+#[derive(Clone, Debug)]
+pub(super) enum Outcome {
+    Found(Found),
+    /// Every peer said so.
+    Missing,
+    /// Some did not say.
+    Unknown,
+}
+
+/// Asks peers. Cheap to clone: all clones are one.
+#[derive(Clone, Debug)]
+pub(super) struct Lookup(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    parts: Parts,
+    flights: Mutex<HashMap<StorePathHash, watch::Receiver<Option<Outcome>>>>,
+}
+
+/// What a lookup is made of.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) peers: Peers,
+    pub(super) misses: Misses,
+    pub(super) cache: PeerCache,
+    pub(super) trust: Trust,
+    pub(super) store_dir: StoreDir,
+    /// One deadline for all of it.
+    pub(super) budget: Duration,
+    pub(super) metrics: LookupMetrics,
+}
+
+/// What one peer said.
+enum Said {
+    Here(Box<NarInfo>),
+    NotHere,
+    Nothing,
+}
+
+impl Lookup {
+    pub(super) fn new(parts: Parts) -> Self {
+        Self(Arc::new(Inner { parts, flights: Mutex::default() }))
+    }
+
+    /// Finds a narinfo. `None`: nobody has it, or nobody said so in time. May be dropped midway.
+    pub(super) async fn find(&self, hash: StorePathHash) -> Option<Found> {
+        if self.0.parts.misses.contains(&hash) {
+            self.0.parts.metrics.outcome("remembered_miss", 0.0);
+            return None;
+        }
+        let mut flight = self.join_or_begin(hash);
+        let deadline = tokio::time::Instant::now() + self.0.parts.budget + GRACE;
+        // An error is a flight that ended without a word: nothing is known then.
+        let landed = timeout_at(deadline, flight.wait_for(Option::is_some)).await;
+        match landed.ok()?.ok()?.clone()? {
+            Outcome::Found(found) => Some(found),
+            Outcome::Missing | Outcome::Unknown => None,
+        }
+    }
+
+    /// The peer that is remembered proved wrong.
+    pub(super) fn forget(&self, hash: &StorePathHash, peer: &PeerId) {
+        self.0.parts.cache.forget(hash, &Origin::Peer(peer.clone()));
+    }
+
+    fn join_or_begin(&self, hash: StorePathHash) -> watch::Receiver<Option<Outcome>> {
+        let mut flights = self.0.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(flight) = flights.get(&hash) {
+            self.0.parts.metrics.joined.inc();
+            return flight.clone();
+        }
+        let (sender, receiver) = watch::channel(None);
+        flights.insert(hash, receiver.clone());
+        let lookup = self.clone();
+        tokio::spawn(async move {
+            let began = Instant::now();
+            let outcome = lookup.fly(hash).await;
+            lookup.0.parts.metrics.outcome(outcome.name(), began.elapsed().as_secs_f64());
+            // Off the list first: whoever comes now begins anew and finds what was remembered.
+            lookup.0.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&hash);
+            sender.send_replace(Some(outcome));
+        });
+        receiver
+    }
+
+    async fn fly(&self, hash: StorePathHash) -> Outcome {
+        let question: Question = self.0.parts.misses.ask(hash);
+        let deadline = tokio::time::Instant::now() + self.0.parts.budget;
+        let candidates = self.0.parts.peers.candidates();
+        let mut asked: FuturesUnordered<_> =
+            candidates.into_iter().map(|peer| self.ask(peer, hash, deadline.into_std())).collect();
+        let mut all_said_so = true;
+        loop {
+            // A little after the deadline that each question has itself: the silent are noted as such.
+            match timeout_at(deadline + LAST_WORD, asked.next()).await {
+                Ok(Some((peer, Said::Here(narinfo)))) => match self.believe(&peer, &hash, *narinfo) {
+                    Some(found) => return Outcome::Found(found),
+                    None => all_said_so = false,
+                },
+                Ok(Some((_, Said::NotHere))) => {}
+                Ok(Some((_, Said::Nothing))) => all_said_so = false,
+                Ok(None) if all_said_so => {
+                    question.nobody_has_it();
+                    return Outcome::Missing;
+                }
+                Ok(None) | Err(_) => return Outcome::Unknown,
+            }
+        }
+    }
+
+    /// Asks one peer, again with growing pauses while it can't be reached and there is time.
+    async fn ask(&self, peer: Peer, hash: StorePathHash, deadline: Instant) -> (Peer, Said) {
+        let Ok(client) = self.0.parts.peers.client(&peer) else { return (peer, Said::Nothing) };
+        let _in_flight = self.0.parts.peers.began(&peer.id);
+        let mut pauses = ExponentialBuilder::default().with_min_delay(FIRST_RETRY).with_jitter().build();
+        loop {
+            let began = Instant::now();
+            let left = deadline.saturating_duration_since(began);
+            match client.narinfo(&hash, left).await {
+                Ok(text) => {
+                    self.0.parts.peers.succeeded(&peer.id, began.elapsed());
+                    let Some(text) = text else { return (peer, Said::NotHere) };
+                    return match NarInfo::parse(&text, &self.0.parts.store_dir) {
+                        Ok(narinfo) => (peer, Said::Here(Box::new(narinfo))),
+                        Err(error) => {
+                            self.0.parts.peers.lied(&peer.id, &format!("a narinfo that is none: {error}"));
+                            (peer, Said::Nothing)
+                        }
+                    };
+                }
+                Err(error) => {
+                    let pause = pauses.next().filter(|_| error.blame() == Blame::Network);
+                    match pause.filter(|pause| Instant::now() + *pause < deadline) {
+                        Some(pause) => sleep(pause).await,
+                        None => {
+                            self.0.parts.peers.failed(&peer.id, &error, began.elapsed());
+                            return (peer, Said::Nothing);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Checks what a peer said. A liar is blamed.
+    fn believe(&self, peer: &Peer, hash: &StorePathHash, narinfo: NarInfo) -> Option<Found> {
+        if narinfo.info.hash() != *hash {
+            self.0.parts.peers.lied(&peer.id, "the narinfo of another path");
+            return None;
+        }
+        if narinfo.file.compression != Compression::None {
+            tracing::debug!(peer.id = %peer.id, "a peer has the path packed, which is not relayed");
+            return None;
+        }
+        match self.0.parts.trust.verify(narinfo) {
+            Ok(narinfo) => {
+                let info = &narinfo.narinfo().info;
+                let (nar_hash, nar_size) = (info.nar_hash, info.nar_size);
+                let Some(nar_path) = rebuilt_nar_path(&narinfo.narinfo().file.url, hash, &nar_hash) else {
+                    tracing::debug!(peer.id = %peer.id, "a peer names a NAR in a way that is not known");
+                    return None;
+                };
+                let origin = Origin::Peer(peer.id.clone());
+                self.0.parts.cache.remember(*hash, Served { origin, nar_hash, nar_size, nar_path });
+                Some(Found { peer: peer.id.clone(), narinfo: Arc::new(narinfo) })
+            }
+            Err(error) => {
+                // A path that was built there and whose key is not trusted here is no lie.
+                self.0.parts.metrics.untrusted.inc();
+                tracing::info!(peer.id = %peer.id, store_path.hash = %hash, %error, "a peer's path is not passed on");
+                None
+            }
+        }
+    }
+}
+
+impl Outcome {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Found(_) => "found",
+            Self::Missing => "missing",
+            Self::Unknown => "unknown",
+        }
+    }
+}

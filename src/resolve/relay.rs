@@ -1,0 +1,237 @@
+//! A NAR that comes from a peer, verified on its way.
+//!
+//! The invariant: the last bytes leave only after length and hash have proven right. A small NAR is fetched whole and
+//! verified before its first byte is sent; a large one is hashed while it streams, and a wrong one is cut.
+
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use futures_util::Stream;
+use reqwest::Response;
+use sha2::{Digest as _, Sha256};
+use thiserror::Error;
+use tokio::time::timeout;
+
+use crate::cache::{Origin, PeerCache, Served};
+use crate::nix::cache_url::NarUrl;
+use crate::nix::{NarHash, StorePathHash};
+use crate::peer::{FetchError, PeerId, Peers, to_error};
+
+use super::lookup::Lookup;
+
+/// How many peers are tried for one NAR before it is given up.
+const TRIES: usize = 4;
+
+/// Why a NAR from a peer broke off.
+#[derive(Debug, Error)]
+pub enum RelayError {
+    /// The peer could not be asked, or broke off.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// More or fewer bytes than NarSize.
+    #[error("the peer sent {got} bytes of a NAR of {expected}")]
+    Length {
+        /// How many came.
+        got: u64,
+        /// NarSize.
+        expected: u64,
+    },
+    /// Other bytes than those that were signed.
+    #[error("the peer sent other bytes than those of NarHash")]
+    Hash,
+}
+
+/// A NAR that a peer has begun to send.
+pub struct RelayedNar {
+    /// Length in bytes.
+    pub nar_size: u64,
+    /// SHA-256.
+    pub nar_hash: NarHash,
+    body: Begun,
+}
+
+enum Begun {
+    /// Verified already.
+    Whole(Bytes),
+    Streaming(Box<Relay>),
+}
+
+/// Fetches NARs from peers. Cheap to clone.
+#[derive(Clone, Debug)]
+pub(super) struct Relays {
+    peers: Peers,
+    cache: PeerCache,
+    lookup: Lookup,
+    verify_first: u64,
+    stall: Duration,
+}
+
+impl Relays {
+    pub(super) fn new(
+        peers: Peers,
+        cache: PeerCache,
+        lookup: Lookup,
+        verify_first: u64,
+        stall: Duration,
+    ) -> Self {
+        Self { peers, cache, lookup, verify_first, stall }
+    }
+
+    /// Begins to fetch a NAR. `None`: no peer has it, or none that has it can be believed.
+    pub(super) async fn nar(&self, url: &NarUrl) -> Option<RelayedNar> {
+        for _ in 0..TRIES {
+            let (peer, served) = self.holder(url).await?;
+            match self.begin(&peer, &url.hash, &served).await {
+                Ok(Some(nar)) => return Some(nar),
+                Ok(None) => {}
+                Err(error) => self.blame(&peer, &error),
+            }
+            self.lookup.forget(&url.hash, &peer);
+        }
+        None
+    }
+
+    /// The peer that served the narinfo, or whoever has it now.
+    async fn holder(&self, url: &NarUrl) -> Option<(PeerId, Served)> {
+        let wanted = |served: &Served| url.nar_hash.is_none_or(|nar_hash| nar_hash == served.nar_hash);
+        let remembered = || match self.cache.get(&url.hash).filter(wanted) {
+            Some(Served { origin: Origin::Peer(peer), nar_hash, nar_size, nar_path }) => {
+                let origin = Origin::Peer(peer.clone());
+                Some((peer, Served { origin, nar_hash, nar_size, nar_path }))
+            }
+            _ => None,
+        };
+        // A peer that is away is still remembered; it is asked again when it is back.
+        let is_there =
+            |peer: &PeerId| self.peers.get(peer).is_some_and(|peer| !peer.is_paused(Instant::now()));
+        if let Some(found) = remembered().filter(|(peer, _)| is_there(peer)) {
+            return Some(found);
+        }
+        self.lookup.find(url.hash).await?;
+        remembered()
+    }
+
+    async fn begin(
+        &self,
+        peer: &PeerId,
+        hash: &StorePathHash,
+        served: &Served,
+    ) -> Result<Option<RelayedNar>, RelayError> {
+        let Some(known) = self.peers.get(peer) else { return Ok(None) };
+        let began = Instant::now();
+        let answer = self.peers.client(&known)?.file(&served.nar_path, self.stall).await?;
+        let Some(answer) = answer else { return Ok(None) };
+        if let Some(len) = answer.content_length().filter(|len| *len != served.nar_size) {
+            return Err(RelayError::Length { got: len, expected: served.nar_size });
+        }
+        let mut relay = Relay {
+            answer,
+            hasher: Sha256::new(),
+            got: 0,
+            held: Bytes::new(),
+            expected: served.clone(),
+            began,
+            relays: self.clone(),
+            peer: peer.clone(),
+            hash: *hash,
+            _in_flight: self.peers.began(peer),
+        };
+        let (nar_size, nar_hash) = (served.nar_size, served.nar_hash);
+        let body = if nar_size <= self.verify_first {
+            let mut whole = BytesMut::with_capacity(usize::try_from(nar_size).unwrap_or_default());
+            while let Some(chunk) = relay.next_chunk().await? {
+                whole.extend_from_slice(&chunk);
+            }
+            Begun::Whole(whole.freeze())
+        } else {
+            Begun::Streaming(Box::new(relay))
+        };
+        Ok(Some(RelayedNar { nar_size, nar_hash, body }))
+    }
+
+    fn blame(&self, peer: &PeerId, error: &RelayError) {
+        match error {
+            RelayError::Fetch(error) => self.peers.failed(peer, error, self.stall),
+            RelayError::Length { .. } | RelayError::Hash => self.peers.lied(peer, &error.to_string()),
+        }
+    }
+}
+
+impl RelayedNar {
+    /// The bytes. A failure midway is an error and never an end.
+    pub fn into_stream(self) -> impl Stream<Item = Result<Bytes, RelayError>> + Send {
+        let state = match self.body {
+            Begun::Whole(bytes) => (Some(bytes), None),
+            Begun::Streaming(relay) => (None, Some(relay)),
+        };
+        futures_util::stream::try_unfold(state, |(whole, relay)| async move {
+            if let Some(bytes) = whole {
+                return Ok(Some((bytes, (None, None))));
+            }
+            let Some(mut relay) = relay else { return Ok(None) };
+            match relay.next_chunk().await {
+                Ok(Some(chunk)) => Ok(Some((chunk, (None, Some(relay))))),
+                Ok(None) => Ok(None),
+                Err(error) => {
+                    relay.relays.blame(&relay.peer, &error);
+                    relay.relays.lookup.forget(&relay.hash, &relay.peer);
+                    Err(error)
+                }
+            }
+        })
+    }
+}
+
+/// A NAR on its way.
+struct Relay {
+    answer: Response,
+    hasher: Sha256,
+    got: u64,
+    /// Bytes that came and were not given out: the end of the NAR may be among them.
+    held: Bytes,
+    expected: Served,
+    began: Instant,
+    relays: Relays,
+    peer: PeerId,
+    hash: StorePathHash,
+    _in_flight: crate::peer::InFlight,
+}
+
+impl Relay {
+    /// The next bytes; always one chunk behind the peer, so that the last ones wait for the proof.
+    async fn next_chunk(&mut self) -> Result<Option<Bytes>, RelayError> {
+        while self.got < self.expected.nar_size {
+            let stall = self.relays.stall;
+            let next = timeout(stall, self.answer.chunk()).await.map_err(|_| FetchError::Timeout(stall))?;
+            let Some(chunk) = next.map_err(to_error)? else {
+                return Err(RelayError::Length { got: self.got, expected: self.expected.nar_size });
+            };
+            if chunk.is_empty() {
+                continue;
+            }
+            self.got += chunk.len() as u64;
+            if self.got > self.expected.nar_size {
+                return Err(RelayError::Length { got: self.got, expected: self.expected.nar_size });
+            }
+            self.hasher.update(&chunk);
+            let before = std::mem::replace(&mut self.held, chunk);
+            if self.got == self.expected.nar_size {
+                self.prove()?;
+            }
+            if !before.is_empty() {
+                return Ok(Some(before));
+            }
+        }
+        let last = std::mem::take(&mut self.held);
+        Ok((!last.is_empty()).then_some(last))
+    }
+
+    fn prove(&mut self) -> Result<(), RelayError> {
+        let digest = std::mem::take(&mut self.hasher).finalize();
+        if NarHash::from_digest(digest.into()) != self.expected.nar_hash {
+            return Err(RelayError::Hash);
+        }
+        self.relays.peers.delivered(&self.peer, self.got, self.began.elapsed());
+        Ok(())
+    }
+}

@@ -1,0 +1,477 @@
+//! Peers that are honest, that lie, that stall, and that speak as peernix in Go does. On loopback: the scripted ones are
+//! named by the configuration, or find the daemon by datagram.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::narinfo::{field, hash_part};
+use crate::signatures::BUILT;
+use crate::support::daemon::Daemon;
+use crate::support::eventually;
+use crate::support::http::{Answer, get, get_with};
+use crate::support::store::{Registration, Store};
+
+/// What a scripted peer sends: status, Content-Length, body, and whether it hangs after that.
+struct Script {
+    status: u16,
+    length: Option<usize>,
+    body: Vec<u8>,
+    hangs: bool,
+}
+
+impl Script {
+    fn ok(body: Vec<u8>) -> Self {
+        Self { status: 200, length: Some(body.len()), body, hangs: false }
+    }
+}
+
+/// A scripted peer: what it is asked, and what it says.
+struct Scripted {
+    address: SocketAddr,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Scripted {
+    /// `say` gets the path that is asked for, below `/nix-cache/`.
+    fn start(say: impl Fn(&str) -> Script + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, asked) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
+        let (say, log) = (Arc::new(say), Arc::clone(&asked));
+        std::thread::spawn(move || {
+            for socket in listener.incoming().map_while(Result::ok) {
+                let (say, log) = (Arc::clone(&say), Arc::clone(&log));
+                std::thread::spawn(move || answer(socket, &*say, &log));
+            }
+        });
+        Self { address, asked }
+    }
+
+    fn url(&self) -> String {
+        format!("http://{}/nix-cache", self.address)
+    }
+
+    fn asked_for(&self, suffix: &str) -> usize {
+        self.asked.lock().unwrap().iter().filter(|path| path.ends_with(suffix)).count()
+    }
+}
+
+fn answer(socket: TcpStream, say: &dyn Fn(&str) -> Script, log: &Mutex<Vec<String>>) {
+    let mut reader = BufReader::new(socket.try_clone().unwrap());
+    let mut head = Vec::new();
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 {
+            return;
+        }
+        if line == "\r\n" {
+            break;
+        }
+        head.push(line);
+    }
+    let path = head[0].split(' ').nth(1).unwrap().trim_start_matches("/nix-cache/").to_owned();
+    log.lock().unwrap().push(path.clone());
+    let script = say(&path);
+    let length = script.length.map_or(String::new(), |length| format!("content-length: {length}\r\n"));
+    let mut socket = socket;
+    let _ = write!(socket, "HTTP/1.1 {} X\r\nconnection: close\r\n{length}\r\n", script.status);
+    let _ = socket.write_all(&script.body);
+    if script.hangs {
+        std::thread::sleep(Duration::from_secs(20));
+    }
+}
+
+/// An honest host with one built path of `size` bytes, and what it serves.
+struct Honest {
+    daemon: Daemon,
+    path: String,
+    narinfo: String,
+    nar_url: String,
+    nar: Vec<u8>,
+    key: String,
+    _store: Store,
+}
+
+fn honest(size: usize) -> Honest {
+    let store = Store::new();
+    let path = format!("/nix/store/{}-payload", "9".repeat(32));
+    let contents: Vec<u8> = (0..size).map(|i| (i * 31 % 251) as u8).collect();
+    std::fs::write(store.real(&path), contents).unwrap();
+    store.register(&[Registration { path: &path, deriver: "", references: &[] }]);
+    let daemon = Daemon::serve(store.root(), "");
+    let narinfo = crate::narinfo::narinfo(&daemon, &path);
+    let nar_url = field(&narinfo, "URL").unwrap();
+    let nar = get(&daemon.url(&nar_url)).bytes();
+    let key = get(&daemon.url("public-key")).text().trim().to_owned();
+    Honest { daemon, path, narinfo, nar_url, nar, key, _store: store }
+}
+
+/// A daemon with an empty store that asks these caches and trusts this key.
+fn relaying(key: &str, urls: &[String], more: &str) -> (Daemon, Store) {
+    let store = Store::new();
+    let peers: String = urls.iter().map(|url| format!("[[peer]]\nurl = {url:?}\n")).collect();
+    let settings = format!("{more}\n[trust]\npublic_keys = [{key:?}]\nhost_keys = false\n{peers}");
+    (Daemon::serve(store.root(), &settings), store)
+}
+
+fn ask(daemon: &Daemon, path: &str) -> Answer {
+    get(&daemon.url(&format!("nix-cache/{}.narinfo", hash_part(path))))
+}
+
+#[test]
+fn a_path_comes_from_a_peer_verified_and_signed_again() {
+    for size in [1000, 20 << 20] {
+        let honest = honest(size);
+        let (daemon, _store) = relaying(&honest.key, &[honest.daemon.substituter()], "");
+        let told = ask(&daemon, &honest.path);
+        assert_eq!(told.status, 200);
+        let told = told.text();
+        assert_eq!(field(&told, "URL"), Some(honest.nar_url.clone()));
+        let names: Vec<String> = field(&told, "Sig")
+            .unwrap()
+            .split(' ')
+            .map(|sig| sig.split(':').next().unwrap().to_owned())
+            .collect();
+        let own = get(&daemon.url("public-key")).text();
+        assert_eq!(names, [honest.key.split(':').next().unwrap(), own.split(':').next().unwrap()]);
+        let nar = get(&daemon.url(&honest.nar_url));
+        assert_eq!(nar.header("content-length"), Some(&*honest.nar.len().to_string()));
+        assert!(nar.bytes() == honest.nar, "{size}");
+        assert_eq!(daemon.metric("peernix_relayed_bytes_total"), honest.nar.len() as f64);
+    }
+}
+
+#[test]
+fn the_url_of_a_nar_is_enough_after_a_restart() {
+    let honest = honest(1000);
+    let (first, _one) = relaying(&honest.key, &[honest.daemon.substituter()], "");
+    let url = field(&ask(&first, &honest.path).text(), "URL").unwrap();
+    let (second, _two) = relaying(&honest.key, &[honest.daemon.substituter()], "");
+    assert!(get(&second.url(&url)).bytes() == honest.nar);
+    // Of another NarHash there is none.
+    let other = url.replace(&field(&honest.narinfo, "NarHash").unwrap()["sha256:".len()..], &"0".repeat(52));
+    assert_eq!(get(&second.url(&other)).status, 404);
+}
+
+#[test]
+fn a_request_of_a_peer_and_of_strangers_stays_on_the_host() {
+    let honest = honest(1000);
+    let (daemon, _store) = relaying(&honest.key, &[honest.daemon.substituter()], "");
+    let url = daemon.url(&format!("{}.narinfo", hash_part(&honest.path)));
+    assert_eq!(get_with(&url, &[("x-peernix-peer", "somebody")]).status, 404);
+    assert_eq!(get_with(&daemon.url(&honest.nar_url), &[("x-peernix-peer", "somebody")]).status, 404);
+    assert_eq!(get(&url).status, 200);
+}
+
+#[test]
+fn what_nobody_trusted_has_signed_is_not_passed_on_unless_that_is_left_to_the_client() {
+    let honest = honest(1000);
+    let stranger = crate::signatures::nix_key(&Store::new(), "stranger-1").1;
+    let (daemon, _store) = relaying(&stranger, &[honest.daemon.substituter()], "");
+    assert_eq!(ask(&daemon, &honest.path).status, 404);
+    assert_eq!(daemon.metric("peernix_untrusted_narinfos_total"), 1.0);
+
+    let store = Store::new();
+    let url = honest.daemon.substituter();
+    let settings = format!("[trust]\nunsigned = \"relay\"\nhost_keys = false\n[[peer]]\nurl = {url:?}\n");
+    let lax = Daemon::serve(store.root(), &settings);
+    let told = ask(&lax, &honest.path).text();
+    assert_eq!(
+        field(&told, "Sig"),
+        field(&honest.narinfo, "Sig"),
+        "what is unproven must not get our signature"
+    );
+
+    // A content address is a proof by itself.
+    let source = Store::new();
+    let text = source.add_text("text", "content-addressed");
+    let other = Daemon::serve(source.root(), "");
+    let (daemon, _store) = relaying(&stranger, &[other.substituter()], "");
+    assert_eq!(ask(&daemon, &text).status, 200);
+}
+
+/// One way to lie: told the path that is asked for and what an honest peer would say.
+type Lie = fn(&str, Vec<u8>) -> Script;
+
+#[test]
+fn a_peer_that_lies_costs_itself_and_the_client_gets_the_path_from_an_honest_one() {
+    fn change(body: Vec<u8>, key: &str, value: &str) -> Script {
+        let text = String::from_utf8(body).unwrap();
+        let lines = text.lines().map(|line| {
+            if line.starts_with(&format!("{key}: ")) {
+                format!("{key}: {value}\n")
+            } else {
+                format!("{line}\n")
+            }
+        });
+        Script::ok(lines.collect::<String>().into_bytes())
+    }
+    fn narinfo(path: &str) -> bool {
+        path.ends_with(".narinfo")
+    }
+    let lies: [(&str, Lie); 9] =
+        [
+            ("another path", |path, body| {
+                if !narinfo(path) {
+                    return Script::ok(body);
+                }
+                let other = format!("/nix/store/{}-payload", "8".repeat(32));
+                change(body, "StorePath", &other)
+            }),
+            ("a bad signature", |path, body| {
+                if narinfo(path) { change(body, "Sig", "x-1:AAAA") } else { Script::ok(body) }
+            }),
+            ("another NarHash", |path, body| {
+                let hash = "sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
+                if narinfo(path) { change(body, "NarHash", hash) } else { Script::ok(body) }
+            }),
+            (
+                "no narinfo",
+                |path, body| if narinfo(path) { Script::ok(b"<html>".to_vec()) } else { Script::ok(body) },
+            ),
+            ("an endless narinfo", |path, body| {
+                if narinfo(path) {
+                    Script { length: None, ..Script::ok(vec![b'x'; 2 << 20]) }
+                } else {
+                    Script::ok(body)
+                }
+            }),
+            ("other bytes", |path, mut body| {
+                if !narinfo(path) {
+                    let middle = body.len() / 2;
+                    body[middle] ^= 1;
+                }
+                Script::ok(body)
+            }),
+            ("a short NAR", |path, mut body| {
+                if !narinfo(path) {
+                    body.truncate(body.len() - 8);
+                }
+                Script::ok(body)
+            }),
+            ("an endless NAR", |path, mut body| {
+                if narinfo(path) {
+                    return Script::ok(body);
+                }
+                body.resize(body.len() + (1 << 20), 0);
+                Script { length: None, ..Script::ok(body) }
+            }),
+            ("a server error", |path, body| {
+                if narinfo(path) { Script { status: 500, ..Script::ok(body) } } else { Script::ok(body) }
+            }),
+        ];
+    let honest = honest(100_000);
+    for (name, lie) in lies {
+        let (upstream, part) = (honest.daemon.url("nix-cache"), hash_part(&honest.path).to_owned());
+        let liar = Scripted::start(move |path| {
+            let truth = get(&format!("{upstream}/{path}"));
+            if truth.status != 200 || !path.contains(&part) {
+                return Script { status: truth.status, ..Script::ok(truth.bytes()) };
+            }
+            lie(path, truth.bytes())
+        });
+        // The liar alone: a 404, never bad bytes as if they were good.
+        let (daemon, _store) = relaying(&honest.key, &[liar.url()], "");
+        let told = ask(&daemon, &honest.path);
+        if told.status == 200 {
+            assert_eq!(get(&daemon.url(&honest.nar_url)).status, 404, "{name}");
+        } else {
+            assert_eq!(told.status, 404, "{name}");
+        }
+        // Beside an honest peer: the path.
+        let (daemon, _store) = relaying(&honest.key, &[liar.url(), honest.daemon.substituter()], "");
+        assert_eq!(ask(&daemon, &honest.path).status, 200, "{name}");
+        assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar, "{name}");
+    }
+}
+
+#[test]
+fn a_large_nar_of_other_bytes_is_cut_before_its_last_ones() {
+    let honest = honest(20 << 20);
+    let upstream = honest.daemon.url("nix-cache");
+    let liar = Scripted::start(move |path| {
+        let mut truth = get(&format!("{upstream}/{path}")).bytes();
+        if path.ends_with(".nar") {
+            truth[1000] ^= 1;
+        }
+        Script::ok(truth)
+    });
+    let (daemon, _store) = relaying(&honest.key, &[liar.url()], "");
+    assert_eq!(ask(&daemon, &honest.path).status, 200);
+    assert!(get(&daemon.url(&honest.nar_url)).try_bytes().is_err());
+    assert_eq!(daemon.metric("peernix_peer_lies_total"), 1.0);
+}
+
+#[test]
+fn a_silent_peer_costs_no_more_than_the_budget_and_a_stalled_nar_is_cut() {
+    let honest = honest(20 << 20);
+    let silent = Scripted::start(|_| {
+        std::thread::sleep(Duration::from_secs(20));
+        Script::ok(Vec::new())
+    });
+    let (daemon, _store) = relaying(&honest.key, &[silent.url()], "");
+    let began = Instant::now();
+    assert_eq!(ask(&daemon, &honest.path).status, 404);
+    assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+    // Nothing was remembered of it: with an honest peer the answer comes, silent one or not.
+    let (daemon, _store) = relaying(&honest.key, &[silent.url(), honest.daemon.substituter()], "");
+    assert_eq!(ask(&daemon, &honest.path).status, 200);
+
+    let upstream = honest.daemon.url("nix-cache");
+    let stalling = Scripted::start(move |path| {
+        let truth = get(&format!("{upstream}/{path}")).bytes();
+        if path.ends_with(".nar") {
+            let half = truth[..truth.len() / 2].to_vec();
+            return Script { status: 200, length: Some(truth.len()), body: half, hangs: true };
+        }
+        Script::ok(truth)
+    });
+    let (daemon, _store) = relaying(&honest.key, &[stalling.url()], "[resolve]\nstall = \"300ms\"");
+    assert_eq!(ask(&daemon, &honest.path).status, 200);
+    assert!(get(&daemon.url(&honest.nar_url)).try_bytes().is_err());
+}
+
+#[test]
+fn a_hundred_clients_make_one_question_and_a_miss_is_remembered() {
+    let scripted: Vec<Scripted> = (0..3)
+        .map(|_| {
+            Scripted::start(|path| {
+                std::thread::sleep(Duration::from_millis(60));
+                let status = if path == "nix-cache-info" { 200 } else { 404 };
+                Script { status, ..Script::ok(b"StoreDir: /nix/store\n".to_vec()) }
+            })
+        })
+        .collect();
+    let urls: Vec<String> = scripted.iter().map(Scripted::url).collect();
+    let (daemon, _store) = relaying("a-1:oN1zFXrSL7R8wvWrBXE/kcX7g3jYBwSR64LOkoAhVSY=", &urls, "");
+    let missing = format!("/nix/store/{}-x", "3".repeat(32));
+    let answered = AtomicUsize::new(0);
+    std::thread::scope(|scope| {
+        for _ in 0..100 {
+            scope.spawn(|| {
+                assert_eq!(ask(&daemon, &missing).status, 404);
+                answered.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+    });
+    assert_eq!(answered.into_inner(), 100);
+    let name = format!("{}.narinfo", "3".repeat(32));
+    assert_eq!(scripted.iter().map(|peer| peer.asked_for(&name)).collect::<Vec<_>>(), [1, 1, 1]);
+    assert_eq!(ask(&daemon, &missing).status, 404);
+    assert_eq!(scripted.iter().map(|peer| peer.asked_for(&name)).collect::<Vec<_>>(), [1, 1, 1]);
+}
+
+#[test]
+fn a_peer_that_speaks_as_peernix_in_go_is_found_asked_and_answered() {
+    let store = Store::new();
+    let path = store.build(BUILT).remove(0);
+    let served = Daemon::serve(store.root(), "");
+    let key = get(&served.url("public-key")).text().trim().to_owned();
+    // Its narinfo names the NAR as peernix in Go does.
+    let (upstream, part) = (served.url("nix-cache"), hash_part(&path).to_owned());
+    let http = Scripted::start(move |path| {
+        let truth = get(&format!("{upstream}/{path}"));
+        let status = truth.status;
+        let body = truth.bytes();
+        if path.ends_with(".narinfo") && status == 200 {
+            let text = String::from_utf8(body).unwrap();
+            let lines = text.lines().map(|line| {
+                if line.starts_with("URL: ") { format!("URL: {part}.nar\n") } else { format!("{line}\n") }
+            });
+            return Script::ok(lines.collect::<String>().into_bytes());
+        }
+        Script { status, ..Script::ok(body) }
+    });
+    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    udp.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let client_store = Store::new();
+    let local = client_store.add_text("local", "text");
+    let settings = format!(
+        "[discovery]\nport = 0\nmdns = false\ntargets = [\"{}\"]\n[trust]\nhost_keys = false\npublic_keys = [{key:?}]\n",
+        udp.local_addr().unwrap()
+    );
+    let daemon = Daemon::serve(client_store.root(), &settings);
+
+    // Found: it announces itself, and is answered as the old ones answer, which does not go on for ever.
+    let mut buffer = [0; 4096];
+    let (len, from) = udp.recv_from(&mut buffer).unwrap();
+    let announce: serde_json::Value = serde_json::from_slice(&buffer[..len]).unwrap();
+    assert_eq!(
+        (&announce["cmd"], announce["port"].as_u64()),
+        (&"announce".into(), Some(u64::from(daemon.address.port())))
+    );
+    let ours = serde_json::json!({"cmd": "announce", "peernix_version": "0.3", "nix_version": "2.18",
+        "platform": "x86_64-linux", "features": [], "public_key": "go:x", "port": http.address.port()});
+    udp.send_to(ours.to_string().as_bytes(), from).unwrap();
+    eventually("it is known", || (daemon.metric("peernix_peers") == 1.0).then_some(()));
+
+    // Answered: by the same socket as its announcements.
+    let answer = |text: &str| loop {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(2))).unwrap();
+        socket.send_to(text.as_bytes(), from).unwrap();
+        let mut buffer = [0; 4096];
+        if let Ok((len, _)) = socket.recv_from(&mut buffer) {
+            return String::from_utf8_lossy(&buffer[..len]).into_owned();
+        }
+    };
+    let told = crate::narinfo::narinfo(&daemon, &local);
+    let (here, hash) = (hash_part(&local), field(&told, "NarHash").unwrap());
+    assert_eq!(answer("ping"), "pong");
+    assert_eq!(answer(&format!("has_path?{here}")), "yes");
+    assert_eq!(answer(&format!("has_path?{}", "0".repeat(32))), "not_found");
+    assert_eq!(answer(&format!("has_path_with_narhash?{here}:{hash}")), "yes");
+    let other = "sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
+    assert_eq!(answer(&format!("has_path_with_narhash?{here}:{other}")), "narhash_mismatch");
+
+    // Asked: by datagram first, and by HTTP only after a yes.
+    let responder = udp.try_clone().unwrap();
+    let part = hash_part(&path).to_owned();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok((len, from)) = responder.recv_from(&mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..len]).into_owned();
+            if let Some(hash) = text.strip_prefix("has_path?") {
+                let answer: &[u8] = if hash == part { b"yes" } else { b"not_found" };
+                responder.send_to(answer, from).unwrap();
+            }
+        }
+    });
+    assert_eq!(ask(&daemon, &format!("/nix/store/{}-x", "0".repeat(32))).status, 404);
+    assert_eq!(http.asked_for(".narinfo"), 0);
+    let told = ask(&daemon, &path).text();
+    let nar = get(&daemon.url(&field(&told, "URL").unwrap())).bytes();
+    assert_eq!(nar, get(&served.url(&format!("{}.nar", hash_part(&path)))).bytes());
+}
+
+#[test]
+fn garbage_and_forged_datagrams_change_nothing() {
+    let target = UdpSocket::bind("127.0.0.1:0").unwrap();
+    target.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    let store = Store::new();
+    let settings =
+        format!("[discovery]\nport = 0\nmdns = false\ntargets = [\"{}\"]\n", target.local_addr().unwrap());
+    let daemon = Daemon::serve(store.root(), &settings);
+    let mut buffer = [0; 4096];
+    let (len, from) = target.recv_from(&mut buffer).unwrap();
+    let announce: serde_json::Value = serde_json::from_slice(&buffer[..len]).unwrap();
+    // Our own id in somebody else's mouth, noise, questions that are none, and too many.
+    let mut forged = announce.clone();
+    forged["port"] = 1.into();
+    for _ in 0..200 {
+        target.send_to(forged.to_string().as_bytes(), from).unwrap();
+        for noise in [&b""[..], b"\0\xff\xfe", b"{", b"has_path?x", b"{\"cmd\":\"announce\"}", &[b'x'; 4000]]
+        {
+            target.send_to(noise, from).unwrap();
+        }
+    }
+    eventually("all of it was read", || {
+        let strange = daemon.metric("peernix_discovery_datagrams_received_total{outcome=\"strange\"}");
+        (strange > 500.0).then_some(())
+    });
+    assert_eq!(daemon.metric("peernix_peers"), 0.0);
+    assert_eq!(get(&daemon.url("health")).status, 200);
+    assert!(!daemon.log().join("\n").contains("panicked"));
+}
