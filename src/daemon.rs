@@ -185,7 +185,7 @@ fn peers(
         id: Some(id),
         reply: false,
     };
-    Ok(Peers::new(&config.discovery, &config.peer, own, metrics.peers.clone()))
+    Ok(Peers::new(&config.discovery, &config.peer, &config.http.allow, own, metrics.peers.clone()))
 }
 
 /// Asks Nix for its version, which is told to peers; nothing hangs on it, and nothing waits for it.

@@ -64,8 +64,9 @@
 //!   up for what is lost. Only peernix in Go is asked by datagram first, since its HTTP side would ask the whole LAN.
 //! - A gained path is told by a datagram of its own (`gained`), since a remembered miss must not outlive it. It goes out when
 //!   the name comes and when its `.lock` goes, which is when Nix has registered it.
-//! - Our own signature is put under a peer's path only if NarHash is proven; a content address of other bytes than the NAR's
-//!   proves the path and not the NAR.
+//! - Our own signature is put under a peer's path only if a trusted key has signed it: a content address does not prove
+//!   NarSize, which a signature vouches for.
+//! - A peer that dies in the middle of a large NAR cuts it; that another one goes on at the offset is not built yet.
 //! - nix-compat, which was asked for, is an empty placeholder on the registry; nix-narinfo and nix-derivation stand
 //!   behind [`nix`] instead.
 #![warn(unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]

@@ -83,10 +83,8 @@ pub enum Untrusted {
 pub enum Proof {
     /// A trusted key signed all of it.
     Signature,
-    /// The content address is that of the path, and NarHash with it.
+    /// The content address is that of the path: the client checks the contents by it.
     ContentAddress,
-    /// The content address is that of the path, but of other bytes than the NAR's: the client checks the contents.
-    ContentAddressOfPath,
     /// Nothing; the configuration leaves it to the client.
     LeftToClient,
 }
@@ -111,10 +109,11 @@ impl TrustedNarInfo {
         self.narinfo
     }
 
-    /// Whether our own signature may stand under it: NarHash has to be proven for that.
+    /// Whether our own signature may stand under it. A content address proves the path, and NarHash at best, but never
+    /// NarSize, which a signature vouches for too.
     #[must_use]
     pub fn may_be_signed(&self) -> bool {
-        matches!(self.proof, Proof::Signature | Proof::ContentAddress)
+        self.proof == Proof::Signature
     }
 }
 
@@ -154,8 +153,7 @@ impl Trust {
             Proof::Signature
         } else {
             match narinfo.info.content_address_proof(&self.store_dir) {
-                ContentAddressProof::PathAndNar => Proof::ContentAddress,
-                ContentAddressProof::Path => Proof::ContentAddressOfPath,
+                ContentAddressProof::Path => Proof::ContentAddress,
                 ContentAddressProof::OtherPath => return Err(Untrusted::WrongContentAddress),
                 ContentAddressProof::Absent if self.options.unsigned == Unsigned::Relay => {
                     Proof::LeftToClient

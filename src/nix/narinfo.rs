@@ -36,10 +36,8 @@ pub enum ContentAddressProof {
     Absent,
     /// It leads to another path: somebody lies.
     OtherPath,
-    /// The store path and its references; it is of other bytes than the NAR's, so NarHash is not proven.
+    /// The store path and its references. NarHash and NarSize are not proven by it.
     Path,
-    /// The store path, its references, and NarHash.
-    PathAndNar,
 }
 
 /// The facts about the file that carries the NAR; nobody signs them.
@@ -96,19 +94,15 @@ impl PathInfo {
     /// What the content address proves.
     #[must_use]
     pub fn content_address_proof(&self, store_dir: &StoreDir) -> ContentAddressProof {
-        let Some(ca) = &self.ca else { return ContentAddressProof::Absent };
+        if self.ca.is_none() {
+            return ContentAddressProof::Absent;
+        }
         let file = NarFile::plain(self);
         let leads_here = |record: nix_narinfo::NarInfo| record.is_content_addressed(store_dir);
         if !record(self, &file, &[], store_dir).is_ok_and(leads_here) {
             return ContentAddressProof::OtherPath;
         }
-        // With a reference to itself the hash is of a NAR in which that reference is blank.
-        let of_nar = ca.to_nix_string() == format!("fixed:r:{}", self.nar_hash);
-        if of_nar && !self.references.contains(&self.store_path) {
-            ContentAddressProof::PathAndNar
-        } else {
-            ContentAddressProof::Path
-        }
+        ContentAddressProof::Path
     }
 
     /// The hash part of the store path.

@@ -1,6 +1,7 @@
 //! Discovery as a whole: the tasks that announce, receive, look, check and save, started together and stopped together.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -63,7 +64,9 @@ impl Discovery {
     ) -> Self {
         let file = state.as_deref().map(Peers::saved_file);
         let mut tasks = JoinSet::new();
-        for (announce, address) in file.as_deref().map(saved::load).unwrap_or_default() {
+        for (announce, address) in
+            file.as_deref().filter(|_| options.enable).map(saved::load).unwrap_or_default()
+        {
             peers.announced(announce, (address.ip(), address.port()).into(), Source::Saved);
         }
         let sockets = options.enable.then(|| Sockets::bind(options.port)).and_then(|bound| match bound {
@@ -115,11 +118,14 @@ impl Discovery {
     }
 }
 
-/// Sends to every link, every configured target and every known peer.
+/// Sends to every link and every configured target; a goodbye also to every known peer that has sent datagrams itself.
 async fn send_to_all(peers: &Peers, options: &Options, sockets: &Sockets, message: &Message) {
     let datagram = message.to_datagram();
     let mut addresses = if options.port == 0 { Vec::new() } else { broadcast_addresses(options.port) };
     addresses.extend(&options.targets);
+    addresses.extend(
+        peers.all().iter().filter_map(|peer| peer.udp).filter(|_| matches!(message, Message::Goodbye(_))),
+    );
     for address in addresses {
         sockets.send(&datagram, address).await;
         peers.metrics().datagrams_sent.inc();
@@ -201,7 +207,9 @@ async fn send_gains(peers: &Peers, sockets: &Sockets, hashes: &[StorePathHash]) 
     let known = peers.all();
     for part in parts {
         let datagram = Message::Gained(part.to_vec()).to_datagram();
-        for address in known.iter().filter_map(|peer| peer.udp) {
+        // Each address once, however many claim to be there.
+        let addresses: HashSet<SocketAddr> = known.iter().filter_map(|peer| peer.udp).collect();
+        for address in addresses {
             sockets.send(&datagram, address).await;
             peers.metrics().datagrams_sent.inc();
         }

@@ -14,11 +14,13 @@ mod udp;
 mod wire;
 
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use ipnet::IpNet;
 use tokio::sync::broadcast;
 
 pub use client::{Blame, FetchError, PEER_HEADER, PeerClient, to_error};
@@ -78,6 +80,7 @@ pub struct Peers(Arc<Inner>);
 struct Inner {
     registry: Mutex<Registry>,
     clients: Mutex<HashMap<PeerId, (String, PeerClient)>>,
+    allow: Box<[IpNet]>,
     own_id: String,
     own: Mutex<Announce>,
     news: broadcast::Sender<News>,
@@ -98,11 +101,12 @@ impl Drop for InFlight {
 }
 
 impl Peers {
-    /// Nobody but the configured. `own` is what this host says of itself; its id has to be set.
+    /// Nobody but the configured. Only hosts in `allow` are let in by what they say; `own` is what this host says of itself; its id has to be set.
     #[must_use]
     pub fn new(
         options: &Options,
         configured: &[ConfiguredPeer],
+        allow: &[IpNet],
         own: Announce,
         metrics: PeerMetrics,
     ) -> Self {
@@ -117,6 +121,7 @@ impl Peers {
         Self(Arc::new(Inner {
             registry: Mutex::new(registry),
             clients: Mutex::default(),
+            allow: allow.into(),
             own_id,
             own: Mutex::new(own),
             news,
@@ -166,10 +171,11 @@ impl Peers {
         self.registry().get(id).cloned()
     }
 
-    /// The peers that may be asked now, the best first, and whether somebody was left out who may come back.
+    /// The peers that may be asked now, the best first, and whether somebody is left out who may come back.
     #[must_use]
-    pub fn candidates(&self) -> Vec<Peer> {
-        self.registry().candidates(Instant::now())
+    pub fn candidates(&self) -> (Vec<Peer>, bool) {
+        let (registry, now) = (self.registry(), Instant::now());
+        (registry.candidates(now), registry.leaves_out_somebody(now))
     }
 
     /// The way to a peer.
@@ -195,7 +201,9 @@ impl Peers {
     /// It answered as it should.
     pub fn succeeded(&self, id: &PeerId, latency: Duration) {
         self.0.metrics.request("ok", latency.as_secs_f64());
-        self.registry().succeeded(id, latency, Instant::now());
+        if self.registry().succeeded(id, latency, Instant::now()) {
+            self.tell(News::Came);
+        }
     }
 
     /// It delivered so many bytes in this time.
@@ -213,7 +221,8 @@ impl Peers {
         };
         self.0.metrics.request(outcome, after.as_secs_f64());
         if error.blame() != Blame::Us {
-            self.registry().failed(id, Instant::now());
+            let now = Instant::now();
+            self.registry().failed(id, now.checked_sub(after).unwrap_or(now), now);
         }
         tracing::debug!(peer.id = %id, %error, "a peer gave no answer");
     }
@@ -221,11 +230,16 @@ impl Peers {
     /// It said what is not so.
     pub fn lied(&self, id: &PeerId, lie: &str) {
         self.0.metrics.lies.inc();
-        self.registry().failed(id, Instant::now());
+        let now = Instant::now();
+        self.registry().failed(id, now, now);
         tracing::warn!(peer.id = %id, lie, "a peer said what is not so");
     }
 
     fn announced(&self, announce: Announce, from: std::net::SocketAddr, source: Source) -> Sighting {
+        let address = from.ip().to_canonical();
+        if !self.0.allow.iter().any(|network| network.contains(&address)) {
+            return Sighting::Full;
+        }
         let sighting = {
             let mut registry = self.registry();
             let sighting = registry.announced(announce, from, source, Instant::now());
@@ -239,16 +253,23 @@ impl Peers {
         sighting
     }
 
-    fn goodbye(&self, id: &str) {
-        let mut registry = self.registry();
-        if registry.goodbye(id) {
-            self.0.metrics.known.set(registry.len() as i64);
+    fn goodbye(&self, id: &str, from: IpAddr) {
+        let (was_known, left) = {
+            let mut registry = self.registry();
+            (registry.goodbye(id, from), registry.len())
+        };
+        if was_known {
+            self.0.metrics.known.set(left as i64);
+            self.0.clients.lock().unwrap_or_else(PoisonError::into_inner).remove(&PeerId::instance(id));
             tracing::info!(peer.id = id, "a peer said goodbye");
         }
     }
 
-    fn gained(&self, hashes: Vec<StorePathHash>) {
-        self.tell(News::Gained(hashes));
+    /// Strangers can't make us forget what is missed.
+    fn gained(&self, hashes: Vec<StorePathHash>, from: IpAddr) {
+        if self.registry().knows(from) {
+            self.tell(News::Gained(hashes));
+        }
     }
 
     /// That nobody listens is no failure.

@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::wire::Announce;
@@ -101,6 +101,8 @@ pub struct Peer {
     paused_until: Option<Instant>,
     /// When its announcement was answered last.
     greeted: Option<Instant>,
+    /// When a failure was counted last.
+    failed_last: Option<Instant>,
 }
 
 /// What a sighting came to.
@@ -177,6 +179,8 @@ impl Registry {
                 peer.asking = asking;
                 peer.announce = announce;
                 peer.last_seen = now;
+                // It is there, whatever failed: it is tried again soon.
+                peer.paused_until = peer.paused_until.map(|until| until.min(now + 4 * FIRST_PAUSE));
                 peer.source = if peer.source == Source::Saved { source } else { peer.source };
             }
             return Sighting::Known;
@@ -196,6 +200,8 @@ impl Registry {
         if self.peers.contains_key(&id) {
             return Sighting::Known;
         }
+        // A host that was started again has another id; the one before is nobody any more.
+        self.peers.retain(|_, peer| peer.url != place.url || peer.source == Source::Configured);
         if self.peers.len() >= self.max_peers && place.source != Source::Configured {
             return Sighting::Full;
         }
@@ -217,6 +223,7 @@ impl Registry {
             in_flight: 0,
             paused_until: None,
             greeted: None,
+            failed_last: None,
         };
         self.peers.insert(id, peer);
         Sighting::New
@@ -233,9 +240,24 @@ impl Registry {
         greet
     }
 
-    /// A host said that it stops. True: it was known.
-    pub fn goodbye(&mut self, id: &str) -> bool {
-        self.peers.remove(&PeerId::instance(id)).is_some()
+    /// A host said from this address that it stops. True: it was known there.
+    pub fn goodbye(&mut self, id: &str, from: IpAddr) -> bool {
+        let id = PeerId::instance(id);
+        // Ids are no secret: only the host itself can say that it stops.
+        let is_itself = self.peers.get(&id).is_some_and(|peer| peer.is_at(from));
+        is_itself && self.peers.remove(&id).is_some()
+    }
+
+    /// Whether a peer that is known is at this address.
+    #[must_use]
+    pub fn knows(&self, address: IpAddr) -> bool {
+        self.peers.values().any(|peer| peer.is_at(address))
+    }
+
+    /// Whether somebody is not asked for now who may have anything: after failures, or before its first check.
+    #[must_use]
+    pub fn leaves_out_somebody(&self, now: Instant) -> bool {
+        self.peers.values().any(|peer| !peer.may_be_asked(now))
     }
 
     /// The peers that may be asked now, the best first.
@@ -287,12 +309,14 @@ impl Registry {
         }
     }
 
-    /// It answered as it should, after this time.
-    pub fn succeeded(&mut self, id: &PeerId, latency: Duration, now: Instant) {
+    /// It answered as it should, after this time. True: that was the first check of a saved one.
+    pub fn succeeded(&mut self, id: &PeerId, latency: Duration, now: Instant) -> bool {
+        let mut was_saved = false;
         if let Some(peer) = self.peers.get_mut(id) {
             peer.successes += 1;
             if peer.source == Source::Saved {
                 peer.source = Source::Announced;
+                was_saved = true;
             }
             peer.failures_in_a_row = 0;
             peer.paused_until = None;
@@ -300,6 +324,7 @@ impl Registry {
             let before = peer.latency.unwrap_or(latency);
             peer.latency = Some(before.mul_f64(1.0 - WEIGHT) + latency.mul_f64(WEIGHT));
         }
+        was_saved
     }
 
     /// It delivered so many bytes in this time.
@@ -311,10 +336,14 @@ impl Registry {
         }
     }
 
-    /// It failed, or lied: it is not asked for a while.
-    pub fn failed(&mut self, id: &PeerId, now: Instant) {
+    /// A request to it that began then failed, or proved it a liar: it is not asked for a while. Requests that were under way
+    /// together fail together, and count as one.
+    pub fn failed(&mut self, id: &PeerId, began: Instant, now: Instant) {
         if let Some(peer) = self.peers.get_mut(id) {
             peer.failures += 1;
+            if peer.failed_last.replace(now).is_some_and(|last| began < last) {
+                return;
+            }
             peer.failures_in_a_row = peer.failures_in_a_row.saturating_add(1);
             let doublings = (peer.failures_in_a_row - 1).min(16);
             let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
@@ -346,6 +375,11 @@ impl Registry {
 }
 
 impl Peer {
+    fn is_at(&self, address: IpAddr) -> bool {
+        let address = address.to_canonical();
+        self.address.iter().chain(&self.udp).any(|known| known.ip().to_canonical() == address)
+    }
+
     /// Whether it is asked for paths: not paused, and not only known from before the last restart.
     #[must_use]
     pub fn may_be_asked(&self, now: Instant) -> bool {
@@ -394,13 +428,21 @@ mod tests {
     }
 
     #[test]
+    fn a_host_that_was_started_again_takes_the_place_of_what_it_was() {
+        let (mut registry, now) = (Registry::new("me".to_owned(), TTL, 10), Instant::now());
+        seen(&mut registry, Some("before"), 1, "10.0.0.1:9999", now);
+        assert_eq!(seen(&mut registry, Some("after"), 1, "10.0.0.1:9999", now), Sighting::New);
+        assert_eq!(registry.all().iter().map(|peer| peer.id.to_string()).collect::<Vec<_>>(), ["after"]);
+    }
+
+    #[test]
     fn an_id_moves_only_when_its_place_has_failed() {
         let (mut registry, now) = (Registry::new("me".to_owned(), TTL, 10), Instant::now());
         let id = PeerId::instance("a");
         seen(&mut registry, Some("a"), 1, "10.0.0.1:9999", now);
         seen(&mut registry, Some("a"), 1, "10.6.6.6:9999", now);
         assert_eq!(registry.get(&id).unwrap().url, "http://10.0.0.1:1/nix-cache");
-        registry.failed(&id, now);
+        registry.failed(&id, now, now);
         assert!(registry.candidates(now).is_empty());
         seen(&mut registry, Some("a"), 1, "10.0.7.1:9999", now);
         assert_eq!(registry.get(&id).unwrap().url, "http://10.0.7.1:1/nix-cache");
@@ -414,7 +456,7 @@ mod tests {
         seen(&mut registry, Some("a"), 1, "10.0.0.1:9999", now);
         let mut pauses = Vec::new();
         for _ in 0..12 {
-            registry.failed(&id, now);
+            registry.failed(&id, now, now);
             let began = now;
             while registry.get(&id).unwrap().is_paused(now) {
                 now += Duration::from_millis(100);
@@ -423,7 +465,7 @@ mod tests {
         }
         assert!(pauses.windows(2).all(|two| two[0] <= two[1]), "{pauses:?}");
         assert_eq!((pauses[0], *pauses.last().unwrap()), (FIRST_PAUSE, LONGEST_PAUSE));
-        registry.failed(&id, now);
+        registry.failed(&id, now, now);
         registry.succeeded(&id, Duration::from_millis(2), now);
         assert_eq!(registry.candidates(now).len(), 1);
     }
@@ -440,14 +482,18 @@ mod tests {
         assert!(registry.expire(now + TTL).is_empty());
         assert_eq!(registry.expire(later + TTL), [PeerId::instance("a")]);
         assert_eq!(registry.all()[0].url, "http://cache:5000");
-        assert!(!registry.goodbye("a"));
+        seen(&mut registry, Some("b"), 1, "10.0.0.1:9999", now);
+        assert!(!registry.goodbye("b", at("10.6.6.6:1").ip()), "a goodbye in another's name");
+        assert!(registry.goodbye("b", at("10.0.0.1:1").ip()));
     }
 
     #[test]
     fn the_table_is_bounded_and_the_less_busy_are_asked_first() {
         let (mut registry, now) = (Registry::new("me".to_owned(), TTL, 2), Instant::now());
-        for (id, sighting) in [("a", Sighting::New), ("b", Sighting::New), ("c", Sighting::Full)] {
-            assert_eq!(seen(&mut registry, Some(id), 1, "10.0.0.1:9999", now), sighting);
+        for (id, port, sighting) in
+            [("a", 1, Sighting::New), ("b", 2, Sighting::New), ("c", 3, Sighting::Full)]
+        {
+            assert_eq!(seen(&mut registry, Some(id), port, "10.0.0.1:9999", now), sighting);
         }
         let (a, b) = (PeerId::instance("a"), PeerId::instance("b"));
         registry.succeeded(&a, Duration::from_millis(1), now);

@@ -151,8 +151,8 @@ impl Reception {
                     self.sockets.send(&Message::Announce(ours).to_datagram(), from).await;
                 }
             }
-            Message::Goodbye(id) => self.peers.goodbye(&id),
-            Message::Gained(hashes) => self.peers.gained(hashes),
+            Message::Goodbye(id) => self.peers.goodbye(&id, from.ip()),
+            Message::Gained(hashes) => self.peers.gained(hashes, from.ip()),
             Message::HasPath(hash) => self.answer(from, hash, None),
             Message::HasPathWithNarHash(hash, nar_hash) => self.answer(from, hash, Some(nar_hash)),
             Message::Ping => self.sockets.send(&Message::Pong.to_datagram(), from).await,

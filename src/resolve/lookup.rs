@@ -18,7 +18,7 @@ use crate::cache::{Misses, Origin, PeerCache, Question, Served};
 use crate::metrics::LookupMetrics;
 use crate::nix::cache_url::rebuilt_nar_path;
 use crate::nix::narinfo::NarInfo;
-use crate::nix::{StoreDir, StorePathHash};
+use crate::nix::{NarHash, StoreDir, StorePathHash};
 use crate::peer::{Blame, Peer, PeerId, Peers};
 use crate::trust::{Trust, TrustedNarInfo};
 
@@ -34,6 +34,40 @@ const FIRST_RETRY: Duration = Duration::from_millis(20);
 pub(super) struct Found {
     pub(super) peer: PeerId,
     pub(super) narinfo: Arc<TrustedNarInfo>,
+}
+
+/// What is looked for. One flight for each.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Sought {
+    pub(super) hash: StorePathHash,
+    /// Only a path with this NAR will do.
+    pub(super) nar_hash: Option<NarHash>,
+    /// Peers that were tried already.
+    pub(super) without: Vec<PeerId>,
+}
+
+impl Sought {
+    /// The path, whatever its NAR, from whomever.
+    pub(super) fn path(hash: StorePathHash) -> Self {
+        Self { hash, nar_hash: None, without: Vec::new() }
+    }
+
+    /// Whether a miss is one for everybody who asks for the path.
+    fn is_general(&self) -> bool {
+        self.nar_hash.is_none() && self.without.is_empty()
+    }
+}
+
+/// Takes a flight off the list however it ends, so that the next one who asks begins anew.
+struct Landing {
+    lookup: Lookup,
+    sought: Sought,
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.lookup.0.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.sought);
+    }
 }
 
 /// How a lookup ended.
@@ -53,7 +87,7 @@ pub(super) struct Lookup(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     parts: Parts,
-    flights: Mutex<HashMap<StorePathHash, watch::Receiver<Option<Outcome>>>>,
+    flights: Mutex<HashMap<Sought, watch::Receiver<Option<Outcome>>>>,
 }
 
 /// What a lookup is made of.
@@ -82,12 +116,12 @@ impl Lookup {
     }
 
     /// Finds a narinfo. `None`: nobody has it, or nobody said so in time. May be dropped midway.
-    pub(super) async fn find(&self, hash: StorePathHash) -> Option<Found> {
-        if self.0.parts.misses.contains(&hash) {
+    pub(super) async fn find(&self, sought: Sought) -> Option<Found> {
+        if self.0.parts.misses.contains(&sought.hash) {
             self.0.parts.metrics.outcome("remembered_miss", 0.0);
             return None;
         }
-        let mut flight = self.join_or_begin(hash);
+        let mut flight = self.join_or_begin(sought);
         let deadline = tokio::time::Instant::now() + self.0.parts.budget + GRACE;
         // An error is a flight that ended without a word: nothing is known then.
         let landed = timeout_at(deadline, flight.wait_for(Option::is_some)).await;
@@ -102,43 +136,46 @@ impl Lookup {
         self.0.parts.cache.forget(hash, &Origin::Peer(peer.clone()));
     }
 
-    fn join_or_begin(&self, hash: StorePathHash) -> watch::Receiver<Option<Outcome>> {
+    fn join_or_begin(&self, sought: Sought) -> watch::Receiver<Option<Outcome>> {
         let mut flights = self.0.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(flight) = flights.get(&hash) {
+        if let Some(flight) = flights.get(&sought) {
             self.0.parts.metrics.joined.inc();
             return flight.clone();
         }
         let (sender, receiver) = watch::channel(None);
-        flights.insert(hash, receiver.clone());
-        let lookup = self.clone();
+        flights.insert(sought.clone(), receiver.clone());
+        let landing = Landing { lookup: self.clone(), sought };
         tokio::spawn(async move {
             let began = Instant::now();
-            let outcome = lookup.fly(hash).await;
+            let lookup = landing.lookup.clone();
+            let outcome = lookup.fly(&landing.sought).await;
             lookup.0.parts.metrics.outcome(outcome.name(), began.elapsed().as_secs_f64());
             // Off the list first: whoever comes now begins anew and finds what was remembered.
-            lookup.0.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&hash);
+            drop(landing);
             sender.send_replace(Some(outcome));
         });
         receiver
     }
 
-    async fn fly(&self, hash: StorePathHash) -> Outcome {
+    async fn fly(&self, sought: &Sought) -> Outcome {
+        let hash = sought.hash;
         let question: Question = self.0.parts.misses.ask(hash);
         let deadline = tokio::time::Instant::now() + self.0.parts.budget;
-        let candidates = self.0.parts.peers.candidates();
+        let (candidates, somebody_is_left_out) = self.0.parts.peers.candidates();
+        let candidates = candidates.into_iter().filter(|peer| !sought.without.contains(&peer.id));
         let mut asked: FuturesUnordered<_> =
-            candidates.into_iter().map(|peer| self.ask(peer, hash, deadline.into_std())).collect();
-        let mut all_said_so = true;
+            candidates.map(|peer| self.ask(peer, hash, deadline.into_std())).collect();
+        let mut all_said_so = !somebody_is_left_out;
         loop {
             // A little after the deadline that each question has itself: the silent are noted as such.
             match timeout_at(deadline + LAST_WORD, asked.next()).await {
-                Ok(Some((peer, Said::Here(narinfo)))) => match self.believe(&peer, &hash, *narinfo) {
+                Ok(Some((peer, Said::Here(narinfo)))) => match self.believe(&peer, sought, *narinfo) {
                     Some(found) => return Outcome::Found(found),
                     None => all_said_so = false,
                 },
                 Ok(Some((_, Said::NotHere))) => {}
                 Ok(Some((_, Said::Nothing))) => all_said_so = false,
-                Ok(None) if all_said_so => {
+                Ok(None) if all_said_so && sought.is_general() => {
                     question.nobody_has_it();
                     return Outcome::Missing;
                 }
@@ -182,7 +219,12 @@ impl Lookup {
     }
 
     /// Checks what a peer said. A liar is blamed.
-    fn believe(&self, peer: &Peer, hash: &StorePathHash, narinfo: NarInfo) -> Option<Found> {
+    fn believe(&self, peer: &Peer, sought: &Sought, narinfo: NarInfo) -> Option<Found> {
+        let hash = &sought.hash;
+        if sought.nar_hash.is_some_and(|wanted| wanted != narinfo.info.nar_hash) {
+            // Built there with another outcome: no lie, and not what is looked for.
+            return None;
+        }
         if narinfo.info.hash() != *hash {
             self.0.parts.peers.lied(&peer.id, "the narinfo of another path");
             return None;

@@ -22,7 +22,7 @@ pub use options::Options;
 pub use relay::{RelayError, RelayedNar};
 
 use self::local::Local;
-use self::lookup::Lookup;
+use self::lookup::{Lookup, Sought};
 use self::relay::Relays;
 use crate::cache::{self, Misses, Origin, PeerCache, Served};
 use crate::metrics::LookupMetrics;
@@ -165,7 +165,7 @@ impl Resolver {
             return local.map(|_| None).map_err(ResolveError::from);
         }
         // A store that can't be asked is no reason not to ask others.
-        let found = self.lookup.find(*hash).await;
+        let found = self.lookup.find(Sought::path(*hash)).await;
         self.metrics.remembered_misses.set(i64::try_from(self.misses.len()).unwrap_or(i64::MAX));
         match found {
             Some(found) => {

@@ -3,13 +3,15 @@
 //! The invariant: the last bytes leave only after length and hash have proven right. A small NAR is fetched whole and
 //! verified before its first byte is sent; a large one is hashed while it streams, and a wrong one is cut.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use futures_util::Stream;
 use reqwest::Response;
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use crate::cache::{Origin, PeerCache, Served};
@@ -17,10 +19,13 @@ use crate::nix::cache_url::NarUrl;
 use crate::nix::{NarHash, StorePathHash};
 use crate::peer::{FetchError, PeerId, Peers, to_error};
 
-use super::lookup::Lookup;
+use super::lookup::{Lookup, Sought};
 
 /// How many peers are tried for one NAR before it is given up.
 const TRIES: usize = 4;
+
+/// Chunks of a NAR that were received and hashed, and wait to be sent.
+const AHEAD: usize = 8;
 
 /// Why a NAR from a peer broke off.
 #[derive(Debug, Error)]
@@ -51,9 +56,9 @@ pub struct RelayedNar {
 }
 
 enum Begun {
-    /// Verified already.
-    Whole(Bytes),
-    Streaming(Box<Relay>),
+    /// Verified already, in the pieces in which it came.
+    Whole(VecDeque<Bytes>),
+    Streaming(mpsc::Receiver<Result<Bytes, RelayError>>),
 }
 
 /// Fetches NARs from peers. Cheap to clone.
@@ -79,35 +84,36 @@ impl Relays {
 
     /// Begins to fetch a NAR. `None`: no peer has it, or none that has it can be believed.
     pub(super) async fn nar(&self, url: &NarUrl) -> Option<RelayedNar> {
-        for _ in 0..TRIES {
-            let (peer, served) = self.holder(url).await?;
+        let mut tried = Vec::new();
+        while tried.len() < TRIES {
+            let (peer, served) = self.holder(url, &tried).await?;
             match self.begin(&peer, &url.hash, &served).await {
                 Ok(Some(nar)) => return Some(nar),
-                Ok(None) => {}
+                Ok(None) => tracing::debug!(peer.id = %peer, "a peer has the narinfo and not the NAR"),
                 Err(error) => self.blame(&peer, &error),
             }
             self.lookup.forget(&url.hash, &peer);
+            tried.push(peer);
         }
         None
     }
 
-    /// The peer that served the narinfo, or whoever has it now.
-    async fn holder(&self, url: &NarUrl) -> Option<(PeerId, Served)> {
-        let wanted = |served: &Served| url.nar_hash.is_none_or(|nar_hash| nar_hash == served.nar_hash);
-        let remembered = || match self.cache.get(&url.hash).filter(wanted) {
-            Some(Served { origin: Origin::Peer(peer), nar_hash, nar_size, nar_path }) => {
-                let origin = Origin::Peer(peer.clone());
-                Some((peer, Served { origin, nar_hash, nar_size, nar_path }))
-            }
-            _ => None,
-        };
+    /// The peer that served the narinfo, or whoever has it now, but for those that were tried.
+    async fn holder(&self, url: &NarUrl, tried: &[PeerId]) -> Option<(PeerId, Served)> {
         // A peer that is away is still remembered; it is asked again when it is back.
         let is_there =
             |peer: &PeerId| self.peers.get(peer).is_some_and(|peer| !peer.is_paused(Instant::now()));
-        if let Some(found) = remembered().filter(|(peer, _)| is_there(peer)) {
+        let remembered = || {
+            let served = self.cache.get(&url.hash)?;
+            let Origin::Peer(peer) = &served.origin else { return None };
+            let fits = url.nar_hash.is_none_or(|wanted| wanted == served.nar_hash);
+            (fits && !tried.contains(peer) && is_there(peer)).then(|| (peer.clone(), served.clone()))
+        };
+        if let Some(found) = remembered() {
             return Some(found);
         }
-        self.lookup.find(url.hash).await?;
+        let sought = Sought { hash: url.hash, nar_hash: url.nar_hash, without: tried.to_vec() };
+        self.lookup.find(sought).await?;
         remembered()
     }
 
@@ -138,13 +144,16 @@ impl Relays {
         };
         let (nar_size, nar_hash) = (served.nar_size, served.nar_hash);
         let body = if nar_size <= self.verify_first {
-            let mut whole = BytesMut::with_capacity(usize::try_from(nar_size).unwrap_or_default());
+            let mut whole = VecDeque::new();
             while let Some(chunk) = relay.next_chunk().await? {
-                whole.extend_from_slice(&chunk);
+                whole.push_back(chunk);
             }
-            Begun::Whole(whole.freeze())
+            Begun::Whole(whole)
         } else {
-            Begun::Streaming(Box::new(relay))
+            // Received and hashed beside the sending: on the way through a host each byte is waited for only once.
+            let (chunks, receiver) = mpsc::channel(AHEAD);
+            tokio::spawn(relay.pump(chunks));
+            Begun::Streaming(receiver)
         };
         Ok(Some(RelayedNar { nar_size, nar_hash, body }))
     }
@@ -160,24 +169,26 @@ impl Relays {
 impl RelayedNar {
     /// The bytes. A failure midway is an error and never an end.
     pub fn into_stream(self) -> impl Stream<Item = Result<Bytes, RelayError>> + Send {
-        let state = match self.body {
-            Begun::Whole(bytes) => (Some(bytes), None),
-            Begun::Streaming(relay) => (None, Some(relay)),
+        let (whole, chunks) = match self.body {
+            Begun::Whole(pieces) => (pieces, None),
+            Begun::Streaming(chunks) => (VecDeque::new(), Some(chunks)),
         };
-        futures_util::stream::try_unfold(state, |(whole, relay)| async move {
-            if let Some(bytes) = whole {
-                return Ok(Some((bytes, (None, None))));
+        let left = self.nar_size;
+        futures_util::stream::try_unfold((whole, chunks, left), move |(mut whole, chunks, left)| async move {
+            if left == 0 {
+                return Ok(None);
             }
-            let Some(mut relay) = relay else { return Ok(None) };
-            match relay.next_chunk().await {
-                Ok(Some(chunk)) => Ok(Some((chunk, (None, Some(relay))))),
-                Ok(None) => Ok(None),
-                Err(error) => {
-                    relay.relays.blame(&relay.peer, &error);
-                    relay.relays.lookup.forget(&relay.hash, &relay.peer);
-                    Err(error)
-                }
+            if let Some(piece) = whole.pop_front() {
+                let left = left.saturating_sub(piece.len() as u64);
+                return Ok(Some((piece, (whole, chunks, left))));
             }
+            let expected = self.nar_size;
+            let broken = || RelayError::Length { got: expected - left, expected };
+            // A channel that closes is no end: only all the bytes are.
+            let mut chunks = chunks.ok_or_else(broken)?;
+            let chunk = chunks.recv().await.ok_or_else(broken)??;
+            let left = left.saturating_sub(chunk.len() as u64);
+            Ok(Some((chunk, (whole, Some(chunks), left))))
         })
     }
 }
@@ -198,6 +209,25 @@ struct Relay {
 }
 
 impl Relay {
+    /// Receives and hashes until the end, a failure, or nobody listens any more.
+    async fn pump(mut self, chunks: mpsc::Sender<Result<Bytes, RelayError>>) {
+        loop {
+            let next = match self.next_chunk().await {
+                Ok(Some(chunk)) => Ok(chunk),
+                Ok(None) => return,
+                Err(error) => {
+                    self.relays.blame(&self.peer, &error);
+                    self.relays.lookup.forget(&self.hash, &self.peer);
+                    Err(error)
+                }
+            };
+            let is_over = next.is_err();
+            if chunks.send(next).await.is_err() || is_over {
+                return;
+            }
+        }
+    }
+
     /// The next bytes; always one chunk behind the peer, so that the last ones wait for the proof.
     async fn next_chunk(&mut self) -> Result<Option<Bytes>, RelayError> {
         while self.got < self.expected.nar_size {
