@@ -169,7 +169,12 @@ pub fn to_error(error: reqwest::Error) -> FetchError {
     while let Some(inner) = source.source() {
         source = inner;
     }
-    FetchError::Network(source.to_string())
+    // That we have no descriptors left is not the peer's fault.
+    let code = source.downcast_ref::<std::io::Error>().and_then(rustix::io::Errno::from_io_error);
+    match code {
+        Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE) => FetchError::Request(source.to_string()),
+        _ => FetchError::Network(source.to_string()),
+    }
 }
 
 /// Asks by datagram, again and again until the caller's deadline. Answers name no question, so each has its own socket.

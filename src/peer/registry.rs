@@ -14,6 +14,8 @@ use super::wire::Announce;
 /// The first pause after a failure; it doubles with each one in a row.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+/// Peers at one address: more are somebody who makes them up.
+const MAX_AT_ADDRESS: usize = 16;
 /// How much a new measurement counts in a moving average.
 const WEIGHT: f64 = 0.2;
 
@@ -202,6 +204,10 @@ impl Registry {
         }
         // A host that was started again has another id; the one before is nobody any more.
         self.peers.retain(|_, peer| peer.url != place.url || peer.source == Source::Configured);
+        let at_address = |ip: IpAddr| self.peers.values().filter(|peer| peer.is_at(ip)).count();
+        if place.address.is_some_and(|address| at_address(address.ip()) >= MAX_AT_ADDRESS) {
+            return Sighting::Full;
+        }
         if self.peers.len() >= self.max_peers && place.source != Source::Configured {
             return Sighting::Full;
         }
@@ -433,6 +439,16 @@ mod tests {
         seen(&mut registry, Some("before"), 1, "10.0.0.1:9999", now);
         assert_eq!(seen(&mut registry, Some("after"), 1, "10.0.0.1:9999", now), Sighting::New);
         assert_eq!(registry.all().iter().map(|peer| peer.id.to_string()).collect::<Vec<_>>(), ["after"]);
+    }
+
+    #[test]
+    fn one_address_cannot_fill_the_table() {
+        let (mut registry, now) = (Registry::new("me".to_owned(), TTL, 1000), Instant::now());
+        for port in 1..200 {
+            seen(&mut registry, Some(&format!("{port}")), port, "10.0.0.1:9999", now);
+        }
+        assert_eq!(registry.len(), MAX_AT_ADDRESS);
+        assert_eq!(seen(&mut registry, Some("other"), 1, "10.0.0.2:9999", now), Sighting::New);
     }
 
     #[test]

@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
 use nix_narinfo::Compression;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout_at};
@@ -24,6 +23,8 @@ use crate::trust::{Trust, TrustedNarInfo};
 
 /// Whoever waits for somebody else's flight waits a little longer than that may take.
 const GRACE: Duration = Duration::from_millis(50);
+/// Peers that one lookup asks at the same time.
+const AT_ONCE: usize = 32;
 /// How much later than its questions a flight ends.
 const LAST_WORD: Duration = Duration::from_millis(10);
 /// The first pause before a peer that can't be reached is tried again.
@@ -163,8 +164,9 @@ impl Lookup {
         let deadline = tokio::time::Instant::now() + self.0.parts.budget;
         let (candidates, somebody_is_left_out) = self.0.parts.peers.candidates();
         let candidates = candidates.into_iter().filter(|peer| !sought.without.contains(&peer.id));
-        let mut asked: FuturesUnordered<_> =
-            candidates.map(|peer| self.ask(peer, hash, deadline.into_std())).collect();
+        // Many at once, and the next as they answer: however many are known, sockets are few.
+        let asked = candidates.map(|peer| self.ask(peer, hash, deadline.into_std()));
+        let mut asked = futures_util::stream::iter(asked).buffer_unordered(AT_ONCE);
         let mut all_said_so = !somebody_is_left_out;
         loop {
             // A little after the deadline that each question has itself: the silent are noted as such.

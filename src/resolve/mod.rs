@@ -4,6 +4,7 @@
 //! invariants: what comes from a peer is passed on only when it is trusted, and a request that is to be answered from local
 //! content ([`Scope::LocalOnly`]) never leaves the host.
 
+mod hashing;
 mod local;
 mod lookup;
 mod options;

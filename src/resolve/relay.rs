@@ -9,7 +9,6 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures_util::Stream;
 use reqwest::Response;
-use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -19,6 +18,7 @@ use crate::nix::cache_url::NarUrl;
 use crate::nix::{NarHash, StorePathHash};
 use crate::peer::{FetchError, PeerId, Peers, to_error};
 
+use super::hashing::Hashing;
 use super::lookup::{Lookup, Sought};
 
 /// How many peers are tried for one NAR before it is given up.
@@ -132,7 +132,7 @@ impl Relays {
         }
         let mut relay = Relay {
             answer,
-            hasher: Sha256::new(),
+            hashing: Some(Hashing::begin(served.nar_size)),
             got: 0,
             held: Bytes::new(),
             expected: served.clone(),
@@ -196,7 +196,8 @@ impl RelayedNar {
 /// A NAR on its way.
 struct Relay {
     answer: Response,
-    hasher: Sha256,
+    /// Until it is finished.
+    hashing: Option<Hashing>,
     got: u64,
     /// Bytes that came and were not given out: the end of the NAR may be among them.
     held: Bytes,
@@ -243,10 +244,12 @@ impl Relay {
             if self.got > self.expected.nar_size {
                 return Err(RelayError::Length { got: self.got, expected: self.expected.nar_size });
             }
-            self.hasher.update(&chunk);
+            if let Some(hashing) = &mut self.hashing {
+                hashing.update(&chunk).await;
+            }
             let before = std::mem::replace(&mut self.held, chunk);
             if self.got == self.expected.nar_size {
-                self.prove()?;
+                self.prove().await?;
             }
             if !before.is_empty() {
                 return Ok(Some(before));
@@ -256,9 +259,12 @@ impl Relay {
         Ok((!last.is_empty()).then_some(last))
     }
 
-    fn prove(&mut self) -> Result<(), RelayError> {
-        let digest = std::mem::take(&mut self.hasher).finalize();
-        if NarHash::from_digest(digest.into()) != self.expected.nar_hash {
+    async fn prove(&mut self) -> Result<(), RelayError> {
+        let hash = match self.hashing.take() {
+            Some(hashing) => hashing.finish().await,
+            None => None,
+        };
+        if hash != Some(self.expected.nar_hash) {
             return Err(RelayError::Hash);
         }
         self.relays.peers.delivered(&self.peer, self.got, self.began.elapsed());

@@ -14,18 +14,30 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 
 use super::child::{Child, ChildError};
-use super::leases::{Generation, Lease, LeaseMark, Question, StoreState};
+use super::leases::{Generation, Lease, LeaseMark, Leases, Question, StoreState};
 use super::{Options, StoreError};
 use crate::metrics::StoreMetrics;
 use crate::nix::narinfo::PathInfo;
 use crate::nix::{StoreDir, StorePath};
 
+/// Questions that wait while others are asked; beyond it the asker waits for its place.
+const QUEUE: usize = 4096;
 /// The most paths that are asked about at once.
 const BATCH: usize = 64;
 const FIRST_BACK_OFF: Duration = Duration::from_millis(100);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
 /// Processes that only hold their leases; one more, and the oldest ends before its time.
 const MAX_RETIRED: usize = 16;
+
+/// Starts the task, and gives the way to ask it. It ends, and its processes with it, when the last handle is dropped.
+pub(super) fn open(options: Options, store_dir: StoreDir, metrics: StoreMetrics) -> (Leases, JoinHandle<()>) {
+    let (questions, receiver) = mpsc::channel(QUEUE);
+    let current = Arc::new(AtomicU64::new(0));
+    let (state_sender, state) = watch::channel(StoreState::Starting);
+    let leases = Leases::new(questions, Arc::clone(&current), state, options.answer_time);
+    let office = Office::new(options, store_dir, metrics, current, state_sender);
+    (leases, tokio::spawn(office.run(receiver)))
+}
 
 /// A process that takes questions.
 struct Current {
@@ -44,7 +56,7 @@ struct Retired {
 }
 
 /// The task that owns the processes.
-pub(super) struct Office {
+struct Office {
     options: Options,
     store_dir: StoreDir,
     metrics: StoreMetrics,
@@ -69,7 +81,7 @@ enum Event {
 }
 
 impl Office {
-    pub(super) fn new(
+    fn new(
         options: Options,
         store_dir: StoreDir,
         metrics: StoreMetrics,
@@ -92,7 +104,7 @@ impl Office {
     }
 
     /// Runs until the last handle is dropped, and ends the processes then.
-    pub(super) async fn run(mut self, mut questions: mpsc::Receiver<Question>) {
+    async fn run(mut self, mut questions: mpsc::Receiver<Question>) {
         // The first question shall not wait for the process to start.
         let _ = self.ensure_current().await;
         let period = (self.options.lease / 8).clamp(Duration::from_millis(100), Duration::from_secs(5));

@@ -8,18 +8,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
+use super::StoreError;
 use super::child::ChildError;
-use super::lease_office::Office;
-use super::{Options, StoreError};
-use crate::metrics::StoreMetrics;
+use crate::nix::StorePath;
 use crate::nix::narinfo::PathInfo;
-use crate::nix::{StoreDir, StorePath};
 
-/// Questions that wait while others are asked; beyond it the asker waits for its place.
-const QUEUE: usize = 4096;
 /// A path is kept from garbage collection as long as this lives (and `store.lease` besides).
 #[derive(Clone, Debug)]
 pub struct Lease(#[expect(dead_code, reason = "held, not read")] pub(super) Arc<Generation>);
@@ -75,19 +70,14 @@ pub(super) struct Leases {
 }
 
 impl Leases {
-    /// Starts the task. It ends, and its processes with it, when the last handle is dropped.
-    pub(super) fn start(
-        options: Options,
-        store_dir: StoreDir,
-        metrics: StoreMetrics,
-    ) -> (Self, JoinHandle<()>) {
-        let (questions, receiver) = mpsc::channel(QUEUE);
-        let current = Arc::new(AtomicU64::new(0));
-        let (state_sender, state) = watch::channel(StoreState::Starting);
-        let answer_time = options.answer_time;
-        let office = Office::new(options, store_dir, metrics, Arc::clone(&current), state_sender);
-        let task = tokio::spawn(office.run(receiver));
-        (Self { questions, current, state, answer_time }, task)
+    /// The way to whoever takes the questions.
+    pub(super) fn new(
+        questions: mpsc::Sender<Question>,
+        current: Arc<AtomicU64>,
+        state: watch::Receiver<StoreState>,
+        answer_time: Duration,
+    ) -> Self {
+        Self { questions, current, state, answer_time }
     }
 
     /// Leases a path and asks what is known of it.

@@ -135,7 +135,7 @@ impl Store {
         let store_dir = StoreDir::default();
         let names = Arc::new(Names::new(directory, metrics.clone(), gained));
         let follower = tokio::spawn(Arc::clone(&names).follow());
-        let (leases, task) = Leases::start(options.clone(), store_dir.clone(), metrics.clone());
+        let (leases, task) = lease_office::open(options.clone(), store_dir.clone(), metrics.clone());
         let known = KnownPaths::new(options.remember.as_u64());
         let pool = BufferPool::default();
         let weigh =
