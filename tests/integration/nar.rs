@@ -7,7 +7,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
-use crate::narinfo::{field, hash_part, narinfo};
+use crate::narinfo::{check_fields, field, hash_part, narinfo};
 use crate::support::daemon::Daemon;
 use crate::support::http::{get, get_with, head};
 use crate::support::store::{Digested, Registration, Store, dumped, isolated};
@@ -92,6 +92,7 @@ fn every_kind_of_tree_is_what_nix_dumps() {
         register(&store, path);
     }
     let daemon = Daemon::serve(store.root(), "");
+    check_fields(&store, &daemon, &all);
     for path in all {
         let answer = get(&nar_url(&daemon, path));
         assert_eq!(answer.status, 200, "{path}");
@@ -148,6 +149,7 @@ fn a_file_of_more_than_four_gigabytes_is_what_nix_dumps() {
     let (hash, len) = dumped(&store.real(&path));
     store.register(&[Registration { path: &path, deriver: "", references: &[] }]);
     let daemon = Daemon::serve(store.root(), "");
+    check_fields(&store, &daemon, &[&path]);
     let url = nar_url(&daemon, &path);
     let served = Digested::read(get(&url).reader());
     assert_eq!((served.hash, served.len), (hash, len));

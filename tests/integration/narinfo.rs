@@ -28,6 +28,32 @@ pub fn narinfo(daemon: &Daemon, path: &str) -> String {
     answer.text()
 }
 
+/// Holds each field of these narinfos to what Nix says of the path, asked one by one.
+pub fn check_fields(store: &Store, daemon: &Daemon, paths: &[&String]) {
+    for path in paths {
+        let told = narinfo(daemon, path);
+        let asked = |query: &str| text(store.nix("nix-store").args(["--query", query, path]));
+        let json = text(store.nix("nix").args(["path-info", "--json", path]));
+        let json: Vec<Value> = serde_json::from_str(&json).unwrap();
+        let is = |name: &str, expected: Option<String>| {
+            assert_eq!(field(&told, name), expected, "{name} in\n{told}")
+        };
+        is("StorePath", Some((*path).clone()));
+        is("Compression", Some("none".to_owned()));
+        is("NarHash", Some(asked("--hash")));
+        is("FileHash", Some(asked("--hash")));
+        is("NarSize", Some(asked("--size")));
+        is("FileSize", Some(asked("--size")));
+        is("URL", Some(format!("nar/{}-{}.nar", hash_part(path), &asked("--hash")["sha256:".len()..])));
+        let base = |path: &str| path.trim_start_matches("/nix/store/").to_owned();
+        let references: Vec<String> = asked("--references").lines().map(base).collect();
+        is("References", Some(references.join(" ")));
+        is("Deriver", json[0]["deriver"].as_str().map(base));
+        is("CA", json[0]["ca"].as_str().map(str::to_owned));
+        assert_eq!(json[0]["narSize"].to_string(), asked("--size"));
+    }
+}
+
 /// A store of thousands of paths: texts that refer to each other, and one of each kind that is special.
 fn varied_store() -> Store {
     let store = Store::new();
