@@ -1,17 +1,15 @@
 //! What the way through the local daemon costs: `cargo bench --bench relay`.
 //!
-//! The real Nix realises the same closure into a fresh store, in turn straight from the daemon that has it and through a
+//! `nix copy` of the same closure into a fresh store, in turn straight from the daemon that has it and through a
 //! second daemon that relays from the first, all on loopback. Prints each round, the medians and their ratio. Needs nix-bin
 //! and a machine where Nix can build in a store of its own.
 
 #![allow(missing_docs, reason = "a program without an interface")]
 
+use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::Command;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-
-use peernix::config::Config;
-use peernix::daemon::Daemon;
 
 const ROUNDS: usize = 7;
 
@@ -43,14 +41,13 @@ fn main() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let folder = folder.path();
     let path = build(folder);
-    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let holder = runtime.block_on(Daemon::start(&config(folder, "holder", None))).expect("a daemon");
-    let relay = runtime.block_on(Daemon::start(&config(folder, "relay", Some(&holder)))).expect("a daemon");
+    let holder = Daemon::start(folder, "holder", None);
+    let relay = Daemon::start(folder, "relay", Some(&holder));
     let (mut straight, mut relayed) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {
         for (name, daemon, times) in [("straight", &holder, &mut straight), ("relayed", &relay, &mut relayed)]
         {
-            let took = realise(folder, &path, daemon);
+            let took = copy(folder, &path, daemon);
             println!("round {round}: {name} {:.3} s", took.as_secs_f64());
             times.push(took);
         }
@@ -62,7 +59,6 @@ fn main() {
         relayed.as_secs_f64(),
         relayed.as_secs_f64() / straight.as_secs_f64()
     );
-    runtime.block_on(async { tokio::join!(relay.shutdown(), holder.shutdown()) });
 }
 
 fn median(times: &mut [Duration]) -> Duration {
@@ -70,30 +66,55 @@ fn median(times: &mut [Duration]) -> Duration {
     times[times.len() / 2]
 }
 
-fn config(folder: &Path, store: &str, peer: Option<&Daemon>) -> Config {
-    let root = folder.join(store);
-    std::fs::create_dir_all(&root).expect("a store");
-    let mut config = Config::default();
-    config.http.listen = vec![([127, 0, 0, 1], 0).into()];
-    config.http.drain_time = Duration::from_secs(1);
-    config.discovery.enable = false;
-    config.trust.host_keys = false;
-    config.store.root = Some(root);
-    config.state.directory = Some(folder.join(format!("{store}-state")));
-    if let Some(peer) = peer {
-        config.trust.public_keys = vec![peer.public_key_line()];
-        config.peer = vec![peernix::peer::ConfiguredPeer { url: url(peer) }];
+/// The real program on a port of loopback; killed when dropped.
+struct Daemon {
+    process: Child,
+    url: String,
+    public_key: String,
+}
+
+impl Daemon {
+    fn start(folder: &Path, name: &str, peer: Option<&Self>) -> Self {
+        let (root, state) = (folder.join(name), folder.join(format!("{name}-state")));
+        std::fs::create_dir_all(&root).expect("a store");
+        let mut settings = format!(
+            "[discovery]\nenable = false\n[trust]\nhost_keys = false\npublic_keys = [{}]\n\
+             [store]\nroot = {root:?}\n[state]\ndirectory = {state:?}\n[log]\nformat = \"json\"\n",
+            peer.map(|peer| format!("{:?}", peer.public_key)).unwrap_or_default(),
+        );
+        settings.extend(peer.map(|peer| format!("[[peer]]\nurl = {:?}\n", peer.url)));
+        let file = folder.join(format!("{name}.toml"));
+        std::fs::write(&file, settings).expect("a configuration");
+        let mut program = Command::new(env!("CARGO_BIN_EXE_peernix"));
+        program.args(["--listen", "127.0.0.1:0", "--config"]).arg(&file).stderr(Stdio::piped());
+        let mut process = program.spawn().expect("the daemon");
+        let mut lines = BufReader::new(process.stderr.take().expect("its log")).lines().map_while(Result::ok);
+        let mut told = |message: &str, field: &str| {
+            let line = lines
+                .by_ref()
+                .filter_map(|line| serde_json::from_str::<serde_json::Value>(&line).ok())
+                .find(|line| line["message"] == message)
+                .expect("a daemon that starts");
+            line[field].as_str().expect("a text").to_owned()
+        };
+        let url = format!("http://{}/nix-cache", told("listening", "address"));
+        let public_key = told("serving the local store", "public_key");
+        // Whoever stops reading would stop the daemon.
+        std::thread::spawn(move || lines.for_each(drop));
+        Self { process, url, public_key }
     }
-    config
 }
 
-fn url(daemon: &Daemon) -> String {
-    format!("http://{}/nix-cache", daemon.addresses()[0])
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
 }
 
-fn nix(program: &str, folder: &Path, store: &str) -> Command {
+fn nix(program: &str, folder: &Path) -> Command {
     let mut command = Command::new(program);
-    command.arg("--store").arg(folder.join(store)).env("HOME", folder).env("NIX_CONF_DIR", folder);
+    command.env("HOME", folder).env("NIX_CONF_DIR", folder);
     command.env("NIX_CONFIG", "build-users-group =").env_remove("NIX_REMOTE").env_remove("NIX_PATH");
     command
 }
@@ -101,7 +122,8 @@ fn nix(program: &str, folder: &Path, store: &str) -> Command {
 fn build(folder: &Path) -> String {
     let file = folder.join("closure.nix");
     std::fs::write(&file, CLOSURE).expect("an expression");
-    let mut build = nix("nix-build", folder, "holder");
+    let mut build = nix("nix-build", folder);
+    build.arg("--store").arg(folder.join("holder"));
     build.args(["--no-out-link", "--option", "substitute", "false", "--option", "sandbox-paths"]);
     let output =
         build.arg("/bin/sh /lib /lib64 /usr/lib").arg(file).output().expect("nix-build; install nix-bin");
@@ -109,23 +131,17 @@ fn build(folder: &Path) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-/// Realises the closure into a store that is empty, and says how long that took.
-fn realise(folder: &Path, path: &str, from: &Daemon) -> Duration {
+/// Copies the closure into a store that is empty, and says how long that took.
+fn copy(folder: &Path, path: &str, from: &Daemon) -> Duration {
     let target = folder.join("target");
     let _ = std::fs::remove_dir_all(&target);
     let _ = std::fs::remove_dir_all(folder.join(".cache"));
-    let mut realise = nix("nix-store", folder, "target");
-    realise.args(["--realise", path, "--max-jobs", "0", "--option", "substituters", &url(from)]);
-    realise.args([
-        "--option",
-        "require-sigs",
-        "true",
-        "--option",
-        "trusted-public-keys",
-        &from.public_key_line(),
-    ]);
+    let mut copy = nix("nix", folder);
+    copy.args(["--extra-experimental-features", "nix-command", "copy", "--from", &from.url, "--to"]);
+    copy.arg(&target).arg(path).args(["--option", "require-sigs", "true"]);
+    copy.args(["--option", "trusted-public-keys", &from.public_key]);
     let began = Instant::now();
-    let output = realise.output().expect("nix-store");
+    let output = copy.output().expect("nix");
     let took = began.elapsed();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     took
