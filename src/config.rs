@@ -143,12 +143,23 @@ impl Config {
             config.resolve.check(),
             config.cache.check(),
             config.state.check(),
+            config.check_memory(),
         ];
         let peers = config.peer.iter().map(peer::ConfiguredPeer::check);
         match checks.into_iter().chain(peers).find_map(Result::err) {
             Some(message) => Err(ConfigError::Range { path: path.to_owned(), message }),
             None => Ok(config),
         }
+    }
+}
+
+impl Config {
+    /// What is verified first is kept in memory until it is.
+    fn check_memory(&self) -> Result<(), String> {
+        if self.resolve.verify_first > self.limits.relay_memory {
+            return Err("limits.relay_memory: has to be resolve.verify_first at least".to_owned());
+        }
+        Ok(())
     }
 }
 

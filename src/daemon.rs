@@ -12,6 +12,7 @@ use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
+use crate::cache::Spools;
 use crate::config::{Config, ConfigError};
 use crate::http::{BindError, Listeners, Server};
 use crate::metrics::Metrics;
@@ -25,6 +26,8 @@ use crate::trust::Trust;
 const GAINS: usize = 4096;
 /// How long Nix may take to tell its version.
 const VERSION_TIME: Duration = Duration::from_secs(5);
+/// How long whoever reads a download may take to notice that its connection is gone.
+const LEAVE_TIME: Duration = Duration::from_secs(1);
 
 /// Why the daemon can't start. Whatever was begun is undone.
 #[derive(Debug, Error)]
@@ -62,6 +65,7 @@ pub struct Daemon {
     stop: watch::Sender<bool>,
     server: JoinHandle<()>,
     store: JoinHandle<()>,
+    spools: Spools,
     followers: JoinSet<()>,
 }
 
@@ -88,17 +92,22 @@ impl Daemon {
         let signer = Arc::new(signer);
         let trust = Trust::new(config.trust.clone(), signer.public_keys(), store.store_dir().clone());
         let peers = peers(config, &signer, &addresses, &metrics)?;
+        let limits = &config.limits;
+        let spools = Spools::new(state.clone(), limits.relay_memory.as_u64(), limits.spool.as_u64());
         let parts = Parts {
             store: store.clone(),
             signer: Arc::clone(&signer),
             peers: peers.clone(),
             trust: trust.clone(),
+            spools: spools.clone(),
             metrics: metrics.lookups.clone(),
+            relay_metrics: metrics.relay.clone(),
         };
         let resolver = Resolver::new(parts, &config.resolve, &config.cache);
         let mut followers = JoinSet::new();
         followers.spawn(tell_nix_version(peers.clone(), config.store.nix_store.clone()));
         followers.spawn(resolver.clone().follow_news());
+        followers.spawn(resolver.clone().sweep());
         followers.spawn(trust.clone().follow_nix(signer.public_keys()));
         let server = Server::new(resolver, &config.http, &config.limits, metrics);
         for address in &addresses {
@@ -110,7 +119,18 @@ impl Daemon {
         let options = config.discovery.clone();
         let holdings = holdings(store);
         let discovery = Discovery::start(peers.clone(), options, &config.http.allow, holdings, gains, state);
-        Ok(Self { addresses, signer, peers, trust, discovery, stop, server, store: store_task, followers })
+        Ok(Self {
+            addresses,
+            signer,
+            peers,
+            trust,
+            discovery,
+            stop,
+            server,
+            store: store_task,
+            spools,
+            followers,
+        })
     }
 
     /// Where it listens.
@@ -150,6 +170,10 @@ impl Daemon {
         self.followers.shutdown().await;
         // A panic in a task was printed when it happened; there is nothing to save here.
         let _ = self.server.await;
+        // Whoever still reads after the drain time was cut off with its connection.
+        if let Err(error) = self.spools.close(LEAVE_TIME).await {
+            tracing::warn!(%error, "a spool is still read");
+        }
         let _ = self.store.await;
     }
 }

@@ -1,9 +1,11 @@
-//! What is remembered between requests: who served a narinfo, and what nobody had.
+//! What is remembered between requests: who served a narinfo, what nobody had, and what is being downloaded.
 //!
-//! In memory alone, bounded, with an expiry. Knows peers by their ids and nothing of how they are asked.
+//! Bounded, with an expiry, and gone with the daemon. Knows peers by their ids and nothing of how they are asked.
 
 mod misses;
 mod peer_cache;
+mod spool;
+mod spools;
 
 use std::time::Duration;
 
@@ -11,6 +13,8 @@ use serde::Deserialize;
 
 pub use misses::{Misses, Question};
 pub use peer_cache::{Origin, PeerCache, Served};
+pub use spool::{Appender, Deserted, Piece, SpoolError, SpoolReader, SpoolWriter, StillRead};
+pub use spools::{Begin, Spools};
 
 /// `[cache]`
 #[derive(Clone, Debug, Deserialize)]

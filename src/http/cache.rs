@@ -91,7 +91,7 @@ impl CacheFiles {
     ) -> Result<Response<Body>, Refused> {
         match self.resolver.nar(url, client.scope(headers)).await?.ok_or(Refused::NotFound)? {
             Nar::Local(nar) => self.local_nar(method, nar, headers, client).await,
-            Nar::Relayed(nar) => Ok(self.relayed_nar(method, nar)),
+            Nar::Relayed(nar) => self.relayed_nar(method, *nar).await,
         }
     }
 
@@ -135,18 +135,19 @@ impl CacheFiles {
     }
 
     /// Without ranges: the hash that is checked on the way is that of the whole.
-    fn relayed_nar(&self, method: &Method, nar: RelayedNar) -> Response<Body> {
+    async fn relayed_nar(&self, method: &Method, nar: RelayedNar) -> Result<Response<Body>, Refused> {
         let len = nar.nar_size;
         if method == Method::HEAD {
-            return nar_answer(Body::empty(), len);
+            return Ok(nar_answer(Body::empty(), len));
         }
         let (span, cuts) = (tracing::Span::current(), self.metrics.nar_cuts.clone());
-        let stream = nar.into_stream().inspect_err(move |error| {
+        let stream = nar.open().await.ok_or(Refused::NotFound)?;
+        let stream = stream.inspect_err(move |error| {
             let _entered = span.enter();
             cuts.inc();
             tracing::warn!(%error, "a relayed NAR was cut short; the client was told by a closed connection");
         });
-        nar_answer(Body::from_stream(stream), len)
+        Ok(nar_answer(Body::from_stream(stream), len))
     }
 }
 

@@ -93,6 +93,10 @@ pub struct Limits {
     /// Requests a second from one address, twice that in a burst; loopback exempt. More get 429. Default 5,000;
     /// 0 is no limit.
     pub requests_per_second: u32,
+    /// Memory for NARs of peers on their way. At least resolve.verify_first, at most 64 GiB; default 64 MiB.
+    pub relay_memory: ByteSize,
+    /// Disk for NARs of peers that several clients read at once, in the state folder. 0 is none; default 4 GiB.
+    pub spool: ByteSize,
 }
 
 impl Default for Limits {
@@ -104,6 +108,8 @@ impl Default for Limits {
             header_time: Duration::from_secs(10),
             idle_time: Duration::from_secs(60),
             requests_per_second: 5000,
+            relay_memory: ByteSize::mib(64),
+            spool: ByteSize::gib(4),
         }
     }
 }
@@ -120,6 +126,7 @@ impl Limits {
         range("connections_per_address", per_address, "1 to 1000000")?;
         let header_size = (ByteSize::kib(1)..=ByteSize::kib(256)).contains(&self.header_size);
         range("header_size", header_size, "1 KiB to 256 KiB")?;
+        range("relay_memory", self.relay_memory <= ByteSize::gib(64), "at most 64 GiB")?;
         let shortest = Duration::from_millis(100);
         let header_time = (shortest..=Duration::from_secs(600)).contains(&self.header_time);
         range("header_time", header_time, "100ms to 10min")?;

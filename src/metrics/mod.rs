@@ -5,6 +5,7 @@
 
 mod http;
 mod peers;
+mod relay;
 mod store;
 
 use std::collections::HashSet;
@@ -18,6 +19,7 @@ use prometheus_client::registry::Registry;
 
 pub use http::{HttpMetrics, ROUTES, Refusal, Route};
 pub use peers::{LookupMetrics, PeerMetrics};
+pub use relay::RelayMetrics;
 pub use store::StoreMetrics;
 
 /// All metrics of one daemon.
@@ -32,6 +34,8 @@ pub struct Metrics {
     pub peers: PeerMetrics,
     /// What lookups on the LAN count.
     pub lookups: LookupMetrics,
+    /// What relaying NARs counts.
+    pub relay: RelayMetrics,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -45,6 +49,7 @@ impl Metrics {
     pub fn new() -> Self {
         let (http, store) = (HttpMetrics::new(), StoreMetrics::default());
         let (peers, lookups) = (PeerMetrics::default(), LookupMetrics::default());
+        let relay = RelayMetrics::default();
         let mut registry = Registry::with_prefix("peernix");
         // A gauge and not OpenMetrics' info, which promtool can't read.
         let build = Family::<VersionLabel, Gauge>::default();
@@ -53,7 +58,8 @@ impl Metrics {
         http::register(&mut registry, &http);
         store::register(&mut registry, &store);
         peers::register(&mut registry, &peers, &lookups);
-        Self { registry: Arc::new(registry), http, store, peers, lookups }
+        relay::register(&mut registry, &relay);
+        Self { registry: Arc::new(registry), http, store, peers, lookups, relay }
     }
 
     /// The page in the OpenMetrics text format.

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use reqwest::header::{ACCEPT, HeaderMap, HeaderValue};
+use reqwest::header::{ACCEPT, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode};
 use thiserror::Error;
 use tokio::time::timeout;
@@ -121,9 +121,27 @@ impl PeerClient {
         timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
     }
 
-    /// Begins to fetch a file of the cache, given by its path below it; `None` is "not here".
-    pub async fn file(&self, path: &str, within: Duration) -> Result<Option<Response>, FetchError> {
-        timeout(within, self.get(path)).await.map_err(|_| FetchError::Timeout(within))?
+    /// Begins to fetch a file of the cache, given by its path below it, from `offset` on if the peer can; `None` is "not here".
+    pub async fn file(
+        &self,
+        path: &str,
+        offset: u64,
+        within: Duration,
+    ) -> Result<Option<Arriving>, FetchError> {
+        let asked = async {
+            let mut request = self.http.get(format!("{}/{path}", self.base));
+            if offset > 0 {
+                request = request.header(RANGE, format!("bytes={offset}-"));
+            }
+            let answer = request.send().await.map_err(to_error)?;
+            match answer.status() {
+                StatusCode::PARTIAL_CONTENT if offset > 0 && begins_at(&answer) == Some(offset) => {
+                    Ok(Some(Arriving { answer, offset }))
+                }
+                _ => Ok(found(answer)?.map(|answer| Arriving { answer, offset: 0 })),
+            }
+        };
+        timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
     }
 
     /// Whether it answers at all.
@@ -138,13 +156,48 @@ impl PeerClient {
     }
 
     async fn get(&self, path: &str) -> Result<Option<Response>, FetchError> {
-        let answer = self.http.get(format!("{}/{path}", self.base)).send().await.map_err(to_error)?;
-        match answer.status() {
-            StatusCode::OK => Ok(Some(answer)),
-            StatusCode::NOT_FOUND | StatusCode::FORBIDDEN | StatusCode::GONE => Ok(None),
-            status => Err(FetchError::Status(status.as_u16())),
+        found(self.http.get(format!("{}/{path}", self.base)).send().await.map_err(to_error)?)
+    }
+}
+
+/// A file on its way.
+#[derive(Debug)]
+pub struct Arriving {
+    answer: Response,
+    /// Where in the file it begins.
+    pub offset: u64,
+}
+
+impl Arriving {
+    /// How many bytes are to come, if the peer said so.
+    #[must_use]
+    pub fn remaining(&self) -> Option<u64> {
+        self.answer.content_length()
+    }
+
+    /// The next bytes, never none of them; `None` at the end.
+    pub async fn chunk(&mut self) -> Result<Option<Bytes>, FetchError> {
+        loop {
+            match self.answer.chunk().await.map_err(to_error)? {
+                Some(chunk) if chunk.is_empty() => {}
+                chunk => return Ok(chunk),
+            }
         }
     }
+}
+
+fn found(answer: Response) -> Result<Option<Response>, FetchError> {
+    match answer.status() {
+        StatusCode::OK => Ok(Some(answer)),
+        StatusCode::NOT_FOUND | StatusCode::FORBIDDEN | StatusCode::GONE => Ok(None),
+        status => Err(FetchError::Status(status.as_u16())),
+    }
+}
+
+/// Where a part begins, as `Content-Range: bytes 5-9/10` says.
+fn begins_at(answer: &Response) -> Option<u64> {
+    let range = answer.headers().get(CONTENT_RANGE)?.to_str().ok()?;
+    range.strip_prefix("bytes ")?.split_once('-')?.0.parse().ok()
 }
 
 /// Reads a whole body of at most `limit` bytes.
@@ -160,7 +213,7 @@ async fn body(mut answer: Response, limit: usize) -> Result<Bytes, FetchError> {
 }
 
 /// What a failure of the HTTP client means here.
-pub fn to_error(error: reqwest::Error) -> FetchError {
+fn to_error(error: reqwest::Error) -> FetchError {
     if error.is_builder() {
         return FetchError::Request(error.to_string());
     }

@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use tokio::sync::broadcast;
 
-pub use client::{Blame, FetchError, PEER_HEADER, PeerClient, to_error};
+pub use client::{Arriving, Blame, FetchError, PEER_HEADER, PeerClient};
 pub use discovery::Discovery;
 pub use options::{ConfiguredPeer, Options};
 pub use registry::{Asking, Peer, PeerId, Registry, Sighting, Source};

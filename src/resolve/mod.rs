@@ -4,7 +4,9 @@
 //! invariants: what comes from a peer is passed on only when it is trusted, and a request that is to be answered from local
 //! content ([`Scope::LocalOnly`]) never leaves the host.
 
-mod hashing;
+mod ahead;
+mod download;
+mod holders;
 mod local;
 mod lookup;
 mod options;
@@ -16,17 +18,20 @@ use bytes::Bytes;
 use thiserror::Error;
 use tokio::sync::broadcast::error::RecvError;
 
+pub use crate::cache::SpoolError;
 pub use crate::peer::{PEER_HEADER, Peer, Peers, Source};
 pub use crate::store::{NarReadError, NarStream, StoreState};
 pub use local::LocalNar;
 pub use options::Options;
-pub use relay::{RelayError, RelayedNar};
+pub use relay::RelayedNar;
 
+use self::ahead::Ahead;
+use self::holders::Holders;
 use self::local::Local;
 use self::lookup::{Lookup, Sought};
 use self::relay::Relays;
-use crate::cache::{self, Misses, Origin, PeerCache, Served};
-use crate::metrics::LookupMetrics;
+use crate::cache::{self, Misses, Origin, PeerCache, Served, Spools};
+use crate::metrics::{LookupMetrics, RelayMetrics};
 use crate::nix::cache_url::NarUrl;
 use crate::nix::narinfo::{NarFile, NarInfo, NarInfoError};
 use crate::nix::{StorePath, StorePathHash};
@@ -68,7 +73,7 @@ pub enum Nar {
     /// From the local store.
     Local(LocalNar),
     /// From a peer.
-    Relayed(RelayedNar),
+    Relayed(Box<RelayedNar>),
 }
 
 /// Finds who can answer, and answers. Cheap to clone.
@@ -95,15 +100,19 @@ pub struct Parts {
     pub peers: Peers,
     /// Whom it believes.
     pub trust: Trust,
-    /// What it counts.
+    /// Where NARs of peers are put on their way.
+    pub spools: Spools,
+    /// What lookups count.
     pub metrics: LookupMetrics,
+    /// What relaying counts.
+    pub relay_metrics: RelayMetrics,
 }
 
 impl Resolver {
     /// Puts the parts together.
     #[must_use]
     pub fn new(parts: Parts, options: &Options, remembered: &cache::Options) -> Self {
-        let Parts { store, signer, peers, trust, metrics } = parts;
+        let Parts { store, signer, peers, trust, spools, metrics, relay_metrics } = parts;
         let (cache, misses) = (PeerCache::new(remembered), Misses::new(remembered));
         let lookup = Lookup::new(lookup::Parts {
             peers: peers.clone(),
@@ -114,8 +123,14 @@ impl Resolver {
             budget: options.narinfo_budget,
             metrics: metrics.clone(),
         });
-        let verify_first = options.verify_first.as_u64();
-        let relays = Relays::new(peers.clone(), cache.clone(), lookup.clone(), verify_first, options.stall);
+        let relays = Relays {
+            holders: Holders::new(peers.clone(), cache.clone(), lookup.clone()),
+            spools,
+            ahead: Ahead::default(),
+            verify_first: options.verify_first.as_u64(),
+            stall: options.stall,
+            metrics: relay_metrics,
+        };
         Self { local: Local::new(store, signer), peers, cache, misses, trust, lookup, relays, metrics }
     }
 
@@ -171,6 +186,7 @@ impl Resolver {
         match found {
             Some(found) => {
                 tracing::debug!(store_path.hash = %hash, peer.id = %found.peer, "a peer has it");
+                self.relays.told(&found.narinfo.narinfo().info);
                 Ok(Some(self.passed_on(&found.narinfo)?))
             }
             None => local.map(|_| None).map_err(ResolveError::from),
@@ -187,7 +203,7 @@ impl Resolver {
         if scope == Scope::LocalThenPeers
             && let Some(nar) = self.relays.nar(url).await
         {
-            return Ok(Some(Nar::Relayed(nar)));
+            return Ok(Some(Nar::Relayed(Box::new(nar))));
         }
         local.map(|_| None).map_err(ResolveError::from)
     }
@@ -215,6 +231,11 @@ impl Resolver {
                 Err(RecvError::Closed) => return,
             }
         }
+    }
+
+    /// Lets go the downloads that nobody asks for any more. Ends when dropped.
+    pub async fn sweep(self) {
+        self.relays.sweep().await;
     }
 
     fn remember_local(&self, hash: &StorePathHash, known: &KnownPath) {

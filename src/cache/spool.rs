@@ -1,0 +1,649 @@
+//! A spool: one download, and many readers that follow it while it grows, each at its own pace and offset.
+//!
+//! Holds what came, in memory or in a file, and knows nothing of where it comes from. The invariants: what readers get is an end
+//! only after all bytes came and were declared good, so a writer that is dropped is a failure; and contents are let go only when
+//! the last reader has left, so nobody ever reads from what is closed.
+
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::future::poll_fn;
+use std::os::unix::fs::FileExt as _;
+use std::sync::{Arc, PoisonError};
+#[cfg(not(test))]
+use std::sync::{Mutex, MutexGuard};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use bytes::Bytes;
+#[cfg(test)]
+use shuttle::sync::{Mutex, MutexGuard};
+use thiserror::Error;
+
+use super::spools::Reserved;
+
+/// How much of a download is kept in memory beside its file, or for its readers if it has none, in bytes.
+pub(super) const WINDOW: u64 = 4 * 1024 * 1024;
+/// How much is read from a file at once, in bytes.
+const PIECE: u64 = 256 * 1024;
+
+/// Why a reader gets no more.
+#[derive(Clone, Debug, Error)]
+pub enum SpoolError {
+    /// The download failed, or was given up.
+    #[error("{0}")]
+    Failed(Arc<str>),
+    /// The file of the spool can't be read.
+    #[error("the spool can't be read: {0}")]
+    Read(Arc<std::io::Error>),
+}
+
+/// Readers did not leave in time. The contents stay until they do.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{readers} readers had not left the spool after {waited:?}")]
+pub struct StillRead {
+    /// How many.
+    pub readers: usize,
+    /// The deadline.
+    pub waited: Duration,
+}
+
+/// Nobody reads a download, and nobody can come any more.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+#[error("nobody reads it any more")]
+pub struct Deserted;
+
+/// How far a download is.
+#[derive(Clone, Debug)]
+pub(super) enum Progress {
+    /// More is to come.
+    Receiving,
+    /// All came, and was declared good.
+    Complete,
+    /// No more will come, and what came is not all.
+    Failed(Arc<str>),
+}
+
+/// What is kept of a download.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Keep {
+    /// All of it, in memory.
+    All,
+    /// What some reader has not read yet: the writer waits for the slowest.
+    Window,
+    /// All of it, in a file, and the latest of it in memory too.
+    File,
+}
+
+/// A download and its readers.
+#[derive(Debug)]
+pub(super) struct Spool {
+    total: u64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    keep: Keep,
+    progress: Progress,
+    /// The latest bytes, from `window_start` to `end`.
+    window: VecDeque<Bytes>,
+    window_start: u64,
+    end: u64,
+    file: Option<Arc<File>>,
+    /// How much of the beginning the file has.
+    on_disk: u64,
+    readers: HashMap<u64, Reading>,
+    readers_ever: u64,
+    is_closing: bool,
+    writer: Option<Waker>,
+    closers: Vec<Waker>,
+    /// Memory and disk that this takes, for as long as it takes them.
+    reserved: Vec<Reserved>,
+}
+
+#[derive(Debug)]
+struct Reading {
+    offset: u64,
+    waker: Option<Waker>,
+}
+
+/// Writes a spool. Dropping it before [`SpoolWriter::finish`] is a failure for all readers.
+#[derive(Debug)]
+pub struct SpoolWriter {
+    spool: Arc<Spool>,
+}
+
+/// Adds bytes to a spool.
+#[derive(Debug)]
+pub struct Appender(Arc<Spool>);
+
+/// Reads a spool from its beginning. Dropping it leaves.
+#[derive(Debug)]
+pub struct SpoolReader {
+    spool: Arc<Spool>,
+    id: u64,
+    offset: u64,
+}
+
+/// What comes next: in memory, or to be read from the file.
+#[derive(Debug)]
+pub enum Piece {
+    /// Here it is.
+    Bytes(Bytes),
+    /// So many bytes at this place of the file.
+    File(Arc<File>, u64, usize),
+}
+
+impl Piece {
+    /// The bytes. Blocks if they are in a file.
+    pub fn read(self) -> Result<Bytes, SpoolError> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes),
+            Self::File(file, offset, len) => {
+                let mut buffer = vec![0; len];
+                file.read_exact_at(&mut buffer, offset).map_err(|error| SpoolError::Read(Arc::new(error)))?;
+                Ok(buffer.into())
+            }
+        }
+    }
+}
+
+impl Spool {
+    /// An empty spool of a download of `total` bytes, and the way to fill it.
+    pub(super) fn begin(total: u64, keep: Keep, file: Option<File>, reserved: Vec<Reserved>) -> SpoolWriter {
+        let state = State {
+            keep,
+            progress: Progress::Receiving,
+            window: VecDeque::new(),
+            window_start: 0,
+            end: 0,
+            file: file.map(Arc::new),
+            on_disk: 0,
+            readers: HashMap::new(),
+            readers_ever: 0,
+            is_closing: false,
+            writer: None,
+            closers: Vec::new(),
+            reserved,
+        };
+        SpoolWriter { spool: Arc::new(Self { total, state: Mutex::new(state) }) }
+    }
+
+    /// A reader that begins at the beginning. `None`: it is closing, failed, or its beginning is gone.
+    pub(super) fn read(self: &Arc<Self>) -> Option<SpoolReader> {
+        let mut state = self.lock();
+        let has_beginning = state.window_start == 0 || state.on_disk >= state.window_start;
+        if state.is_closing || !has_beginning || matches!(state.progress, Progress::Failed(_)) {
+            return None;
+        }
+        state.readers_ever += 1;
+        let id = state.readers_ever;
+        state.readers.insert(id, Reading { offset: 0, waker: None });
+        Some(SpoolReader { spool: Arc::clone(self), id, offset: 0 })
+    }
+
+    /// Whether a file would let more than one reader follow at their own pace.
+    pub(super) fn wants_file(&self) -> bool {
+        let state = self.lock();
+        state.keep == Keep::Window && state.window_start == 0 && matches!(state.progress, Progress::Receiving)
+    }
+
+    /// Gives it a file, into which the writer writes what came so far and all that comes.
+    pub(super) fn give_file(&self, file: File, reserved: Reserved) {
+        let mut state = self.lock();
+        if state.keep == Keep::Window && state.window_start == 0 {
+            state.keep = Keep::File;
+            state.file = Some(Arc::new(file));
+            state.reserved.push(reserved);
+            wake(&mut state.writer);
+        }
+    }
+
+    /// Whether it is of no use to anybody any more, and may go.
+    pub(super) fn is_idle(&self) -> bool {
+        let state = self.lock();
+        state.readers.is_empty() && !matches!(state.progress, Progress::Receiving)
+    }
+
+    /// Whether new readers find all of it.
+    pub(super) fn is_complete(&self) -> bool {
+        self.lock().is_complete()
+    }
+
+    /// Lets in no new reader, waits for those inside to leave, and lets the contents go after the last.
+    pub(super) async fn close(&self, within: Duration) -> Result<(), StillRead> {
+        self.begin_to_close();
+        if tokio::time::timeout(within, self.drained()).await.is_ok() {
+            return Ok(());
+        }
+        Err(StillRead { readers: self.lock().readers.len(), waited: within })
+    }
+
+    /// Lets in no new reader.
+    pub(super) fn begin_to_close(&self) {
+        let mut state = self.lock();
+        state.is_closing = true;
+        wake(&mut state.writer);
+        state.let_go();
+    }
+
+    /// Waits until the last reader has left.
+    async fn drained(&self) {
+        poll_fn(|context| {
+            let mut state = self.lock();
+            if state.readers.is_empty() {
+                return Poll::Ready(());
+            }
+            state.closers.push(context.waker().clone());
+            Poll::Pending
+        })
+        .await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// Lets the contents go, if it is closing and nobody is left.
+    fn let_go(&mut self) {
+        if self.is_closing && self.readers.is_empty() {
+            self.window.clear();
+            self.window_start = self.end;
+            self.file = None;
+            self.on_disk = 0;
+            self.reserved.clear();
+            self.closers.drain(..).for_each(Waker::wake);
+        }
+    }
+
+    fn is_complete(&self) -> bool {
+        matches!(self.progress, Progress::Complete)
+    }
+
+    fn window_len(&self) -> u64 {
+        self.end - self.window_start
+    }
+
+    /// Drops from memory what nobody needs there.
+    fn trim(&mut self) {
+        let slowest = self.readers.values().map(|reading| reading.offset).min().unwrap_or(self.end);
+        while let Some(first) = self.window.front() {
+            let first_end = self.window_start + first.len() as u64;
+            let is_needless = match self.keep {
+                Keep::All => false,
+                Keep::Window => first_end <= slowest.max(self.on_disk),
+                Keep::File => first_end <= self.on_disk && (self.window_len() > WINDOW || self.is_complete()),
+            };
+            if !is_needless {
+                return;
+            }
+            self.window.pop_front();
+            self.window_start = first_end;
+        }
+    }
+
+    /// What is not in the file yet. All that came before there was one is in the window still.
+    fn unwritten(&self) -> Vec<Bytes> {
+        let mut start = self.window_start;
+        let mut unwritten = Vec::new();
+        for bytes in &self.window {
+            if start >= self.on_disk {
+                unwritten.push(bytes.clone());
+            }
+            start += bytes.len() as u64;
+        }
+        unwritten
+    }
+
+    /// Tells whoever waits for a place that this one may be had.
+    fn offer(&self) {
+        if self.readers.is_empty() && !matches!(self.progress, Progress::Receiving) {
+            self.reserved.iter().for_each(Reserved::offer);
+        }
+    }
+
+    fn wake_readers(&mut self) {
+        self.readers.values_mut().for_each(|reading| wake(&mut reading.waker));
+    }
+
+    /// The piece at an offset; nothing if that has not come yet.
+    fn piece(&self, offset: u64) -> Option<Piece> {
+        if offset >= self.end {
+            return None;
+        }
+        if offset < self.window_start {
+            let file = Arc::clone(self.file.as_ref()?);
+            let len = self.on_disk.checked_sub(offset).filter(|len| *len > 0)?.min(PIECE);
+            return Some(Piece::File(file, offset, usize::try_from(len).unwrap_or(usize::MAX)));
+        }
+        let mut start = self.window_start;
+        for bytes in &self.window {
+            let end = start + bytes.len() as u64;
+            if offset < end {
+                let skip = usize::try_from(offset - start).unwrap_or(usize::MAX);
+                return Some(Piece::Bytes(bytes.slice(skip..)));
+            }
+            start = end;
+        }
+        None
+    }
+}
+
+fn wake(waker: &mut Option<Waker>) {
+    if let Some(waker) = waker.take() {
+        waker.wake();
+    }
+}
+
+impl SpoolWriter {
+    pub(super) fn spool(&self) -> &Arc<Spool> {
+        &self.spool
+    }
+
+    /// Waits until more may be added.
+    pub async fn room(&self) -> Result<(), Deserted> {
+        poll_fn(|context| {
+            let mut state = self.spool.lock();
+            let is_awaited = !state.readers.is_empty() || (state.keep == Keep::All && !state.is_closing);
+            if !is_awaited {
+                return Poll::Ready(Err(Deserted));
+            }
+            if state.keep != Keep::Window || state.window_len() < WINDOW {
+                return Poll::Ready(Ok(()));
+            }
+            state.writer = Some(context.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Whether [`Appender::append`] may block.
+    #[must_use]
+    pub fn writes_to_disk(&self) -> bool {
+        self.spool.lock().keep == Keep::File
+    }
+
+    /// What adds bytes; one at a time, also from another thread.
+    #[must_use]
+    pub fn appender(&self) -> Appender {
+        Appender(Arc::clone(&self.spool))
+    }
+
+    /// All came, and is good. Fewer bytes than announced are a failure all the same.
+    pub fn finish(self) {
+        let mut state = self.spool.lock();
+        if state.end == self.spool.total {
+            state.progress = Progress::Complete;
+            state.trim();
+            state.wake_readers();
+            state.offer();
+        }
+    }
+
+    /// No more will come.
+    pub fn fail(self, why: impl std::fmt::Display) {
+        let mut state = self.spool.lock();
+        state.progress = Progress::Failed(why.to_string().into());
+        state.wake_readers();
+        state.offer();
+    }
+}
+
+impl Appender {
+    /// Adds the next bytes. With a file this blocks until they are written; if they can't be, it goes on without one.
+    pub fn append(&self, bytes: Bytes) {
+        let (file, unwritten, mut at) = {
+            let mut state = self.0.lock();
+            state.end += bytes.len() as u64;
+            state.window.push_back(bytes);
+            state.wake_readers();
+            match state.file.clone().filter(|_| state.keep == Keep::File) {
+                Some(file) => (file, state.unwritten(), state.on_disk),
+                None => return state.trim(),
+            }
+        };
+        let mut written = Ok(());
+        for bytes in unwritten {
+            written = file.write_all_at(&bytes, at);
+            if written.is_err() {
+                break;
+            }
+            at += bytes.len() as u64;
+        }
+        let mut state = self.0.lock();
+        // Unless it was let go meanwhile.
+        if state.file.is_some() {
+            state.on_disk = at;
+        }
+        if let Err(error) = written {
+            tracing::warn!(%error, "a download can't be spooled; its readers follow it in memory, as fast as the slowest");
+            state.keep = Keep::Window;
+        }
+        state.trim();
+    }
+}
+
+impl Drop for SpoolWriter {
+    fn drop(&mut self) {
+        let mut state = self.spool.lock();
+        if matches!(state.progress, Progress::Receiving) {
+            state.progress = Progress::Failed("the download was given up".into());
+            state.wake_readers();
+            state.offer();
+        }
+    }
+}
+
+impl SpoolReader {
+    /// The length of the whole, in bytes.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.spool.total
+    }
+
+    /// Waits until the first bytes are there, or all of nothing. May be dropped midway.
+    pub async fn ready(&self) -> Result<(), SpoolError> {
+        poll_fn(|context| self.poll(context, |_, _| ())).await.map(|_| ())
+    }
+
+    /// The next piece; `None` after the last. May be dropped midway.
+    pub async fn piece(&mut self) -> Result<Option<Piece>, SpoolError> {
+        let (id, was) = (self.id, self.offset);
+        let piece = poll_fn(|context| {
+            self.poll(context, |state, piece| {
+                let len = match &piece {
+                    Piece::Bytes(bytes) => bytes.len(),
+                    Piece::File(_, _, len) => *len,
+                };
+                if let Some(reading) = state.readers.get_mut(&id) {
+                    reading.offset = was + len as u64;
+                }
+                state.trim();
+                wake(&mut state.writer);
+                (piece, len)
+            })
+        })
+        .await?;
+        Ok(piece.map(|(piece, len)| {
+            self.offset += len as u64;
+            piece
+        }))
+    }
+
+    fn poll<T>(
+        &self,
+        context: &mut Context<'_>,
+        take: impl FnOnce(&mut State, Piece) -> T,
+    ) -> Poll<Result<Option<T>, SpoolError>> {
+        let mut state = self.spool.lock();
+        if let Some(piece) = state.piece(self.offset) {
+            return Poll::Ready(Ok(Some(take(&mut state, piece))));
+        }
+        match &state.progress {
+            Progress::Complete => Poll::Ready(Ok(None)),
+            Progress::Failed(why) => Poll::Ready(Err(SpoolError::Failed(Arc::clone(why)))),
+            Progress::Receiving => {
+                if let Some(reading) = state.readers.get_mut(&self.id) {
+                    reading.waker = Some(context.waker().clone());
+                }
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Drop for SpoolReader {
+    fn drop(&mut self) {
+        let mut state = self.spool.lock();
+        state.readers.remove(&self.id);
+        state.trim();
+        wake(&mut state.writer);
+        if state.readers.is_empty() {
+            state.closers.drain(..).for_each(Waker::wake);
+        }
+        state.offer();
+        state.let_go();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use shuttle::{check_random, future::block_on, thread};
+
+    use super::*;
+
+    const CHUNK: usize = 1000;
+    const CHUNKS: usize = 12;
+
+    fn chunk(number: usize) -> Bytes {
+        vec![number as u8; CHUNK].into()
+    }
+
+    /// Reads to the end, the failure or wherever `stop` says, and checks each byte.
+    fn follow(mut reader: SpoolReader, stop: usize) -> Result<usize, SpoolError> {
+        let mut got = 0;
+        while got < stop {
+            let Some(piece) = block_on(reader.piece())? else { break };
+            for byte in piece.read()? {
+                assert_eq!(usize::from(byte), got / CHUNK);
+                got += 1;
+            }
+        }
+        Ok(got)
+    }
+
+    fn write(writer: SpoolWriter, chunks: usize) {
+        for number in 0..chunks {
+            if block_on(writer.room()).is_err() {
+                return;
+            }
+            writer.appender().append(chunk(number));
+        }
+        if chunks == CHUNKS {
+            writer.finish();
+        }
+    }
+
+    /// Readers and a writer in every order that the model tries: all is read, or it is a failure, and never a short end.
+    fn model(keep: Keep, file: bool, writes: usize, readers: usize) {
+        check_random(
+            move || {
+                let file = file.then(|| tempfile::tempfile().unwrap());
+                let writer = Spool::begin((CHUNK * CHUNKS) as u64, keep, file, Vec::new());
+                let spool = Arc::clone(writer.spool());
+                let inside: Vec<SpoolReader> = (0..readers).map(|_| spool.read().unwrap()).collect();
+                let writing = thread::spawn(move || write(writer, writes));
+                let reading: Vec<_> = inside
+                    .into_iter()
+                    .enumerate()
+                    .map(|(number, reader)| {
+                        // Some leave midway.
+                        let stop = if number % 3 == 2 { CHUNK * (number % CHUNKS) } else { usize::MAX };
+                        thread::spawn(move || (stop, follow(reader, stop)))
+                    })
+                    .collect();
+                let closing = {
+                    let spool = Arc::clone(&spool);
+                    thread::spawn(move || {
+                        spool.begin_to_close();
+                        assert!(spool.read().is_none(), "somebody was let in after the gate was closed");
+                        block_on(spool.drained());
+                        let state = spool.lock();
+                        assert!(state.readers.is_empty() && state.file.is_none() && state.window.is_empty());
+                    })
+                };
+                for reading in reading {
+                    match reading.join().unwrap() {
+                        (_, Err(SpoolError::Failed(_))) => assert_ne!(writes, CHUNKS),
+                        (_, Err(error)) => panic!("{error}"),
+                        (stop, Ok(got)) if stop == usize::MAX => assert_eq!(got, CHUNK * CHUNKS),
+                        (stop, Ok(got)) => assert!(got >= stop.min(CHUNK * writes)),
+                    }
+                }
+                writing.join().unwrap();
+                closing.join().unwrap();
+            },
+            300,
+        );
+    }
+
+    #[test]
+    fn readers_of_memory_a_window_and_a_file_get_all_of_it_and_the_gate_closes_after_them() {
+        for (keep, file) in [(Keep::All, false), (Keep::Window, false), (Keep::File, true)] {
+            model(keep, file, CHUNKS, 5);
+        }
+    }
+
+    #[test]
+    fn a_writer_that_is_dropped_is_a_failure_and_never_an_end() {
+        for (keep, file) in [(Keep::All, false), (Keep::Window, false), (Keep::File, true)] {
+            model(keep, file, 7, 4);
+        }
+    }
+
+    #[test]
+    fn sixty_four_readers_leave_before_it_is_let_go() {
+        check_random(
+            || {
+                let file = tempfile::tempfile().unwrap();
+                let writer = Spool::begin((CHUNK * CHUNKS) as u64, Keep::File, Some(file), Vec::new());
+                let spool = Arc::clone(writer.spool());
+                let inside: Vec<SpoolReader> = (0..64).map(|_| spool.read().unwrap()).collect();
+                let reading: Vec<_> =
+                    inside.into_iter().map(|reader| thread::spawn(|| follow(reader, usize::MAX))).collect();
+                let writing = thread::spawn(move || write(writer, CHUNKS));
+                spool.begin_to_close();
+                block_on(spool.drained());
+                assert!(spool.lock().file.is_none());
+                reading.into_iter().for_each(|reader| assert!(reader.join().unwrap().is_ok()));
+                writing.join().unwrap();
+            },
+            20,
+        );
+    }
+
+    #[test]
+    fn one_who_joins_while_the_beginning_is_there_gets_a_file_and_one_who_comes_later_is_refused() {
+        check_random(
+            || {
+                let writer = Spool::begin((CHUNK * CHUNKS) as u64, Keep::Window, None, Vec::new());
+                let spool = Arc::clone(writer.spool());
+                let first = spool.read().unwrap();
+                let reading = thread::spawn(|| follow(first, usize::MAX));
+                let writing = thread::spawn(move || write(writer, CHUNKS));
+                if let Some(second) = spool.read() {
+                    if spool.wants_file() {
+                        let budget = super::super::spools::tests::reserved(1);
+                        spool.give_file(tempfile::tempfile().unwrap(), budget);
+                    }
+                    assert_eq!(follow(second, usize::MAX).unwrap(), CHUNK * CHUNKS);
+                }
+                assert_eq!(reading.join().unwrap().unwrap(), CHUNK * CHUNKS);
+                writing.join().unwrap();
+            },
+            500,
+        );
+    }
+}

@@ -1,0 +1,281 @@
+//! All spools: which NAR is in which, and how much memory and disk they take together.
+//!
+//! A NAR that is on its way is downloaded once, however many ask for it. One reader alone needs no file: what it has read is let
+//! go. A second one gives the download a file, or, too late for its beginning, begins another that has one. What is complete
+//! stays for whoever asks next, until it is not asked for any more or its place is needed: the least recently used goes first.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use super::spool::{Keep, Spool, SpoolReader, SpoolWriter, StillRead};
+use crate::nix::NarHash;
+
+/// After how long what nobody asked for goes.
+const IDLE: Duration = Duration::from_secs(60);
+/// Spools that are kept at once, whatever their sizes.
+const MAX_SPOOLS: usize = 4096;
+
+/// All spools. Cheap to clone: all clones are one.
+#[derive(Clone, Debug)]
+pub struct Spools(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    /// Where files are made; without it there are none.
+    directory: Option<PathBuf>,
+    memory: Arc<Budget>,
+    disk: Arc<Budget>,
+    spools: Mutex<HashMap<NarHash, Entry>>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    spool: Arc<Spool>,
+    used: Instant,
+}
+
+/// A sum that is not exceeded.
+#[derive(Debug)]
+struct Budget {
+    limit: u64,
+    taken: AtomicU64,
+    /// Told when something may have come free.
+    freed: Arc<Notify>,
+}
+
+/// A part of a budget; dropping it gives it back.
+#[derive(Debug)]
+pub(super) struct Reserved {
+    budget: Arc<Budget>,
+    amount: u64,
+}
+
+impl Reserved {
+    /// Whoever waits for a place may have this one.
+    pub(super) fn offer(&self) {
+        self.budget.freed.notify_waiters();
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        self.budget.taken.fetch_sub(self.amount, Ordering::AcqRel);
+        self.budget.freed.notify_waiters();
+    }
+}
+
+impl Budget {
+    fn reserve(self: &Arc<Self>, amount: u64) -> Option<Reserved> {
+        let fits = |taken: u64| taken.checked_add(amount).filter(|sum| *sum <= self.limit);
+        let taken = self.taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits);
+        taken.is_ok().then(|| Reserved { budget: Arc::clone(self), amount })
+    }
+}
+
+/// How somebody who wants a NAR gets it.
+#[derive(Debug)]
+pub enum Begin {
+    /// It is there, or on its way.
+    Read(SpoolReader),
+    /// Nobody has asked for it before: whoever gets this downloads it.
+    Write(SpoolWriter, SpoolReader),
+}
+
+impl Spools {
+    /// None yet. Files are made in `directory` (they have no names, so that a crash leaves none) and take `disk` bytes at most;
+    /// what is kept in memory takes `memory` bytes at most.
+    #[must_use]
+    pub fn new(directory: Option<PathBuf>, memory: u64, disk: u64) -> Self {
+        let freed = Arc::new(Notify::new());
+        let budget = |limit| Arc::new(Budget { limit, taken: AtomicU64::new(0), freed: Arc::clone(&freed) });
+        let (memory, disk) = (budget(memory), budget(disk));
+        Self(Arc::new(Inner { directory, memory, disk, spools: Mutex::default() }))
+    }
+
+    /// A reader of a NAR that is there or on its way.
+    #[must_use]
+    pub fn read(&self, nar: &NarHash) -> Option<SpoolReader> {
+        let mut spools = self.lock();
+        let entry = spools.get_mut(nar)?;
+        let reader = self.join(&entry.spool)?;
+        entry.used = Instant::now();
+        Some(reader)
+    }
+
+    /// Joins the download of a NAR, or begins it, kept `whole` in memory or not. May be dropped midway. It waits while there is
+    /// no memory to be had, and the caller says for how long.
+    pub async fn begin(&self, nar: &NarHash, size: u64, whole: bool) -> Begin {
+        loop {
+            let freed = self.0.memory.freed.notified();
+            if let Some(begin) = self.try_begin(nar, size, whole) {
+                return begin;
+            }
+            freed.await;
+        }
+    }
+
+    /// Begins the download of a NAR that nobody waits for yet, kept whole in memory. `None`: it is there, or there is no room.
+    #[must_use]
+    pub fn prepare(&self, nar: &NarHash, size: u64) -> Option<SpoolWriter> {
+        let mut spools = self.lock();
+        if spools.contains_key(nar) {
+            return None;
+        }
+        // Nothing is given up for what may never be asked for.
+        let writer = Spool::begin(size, Keep::All, None, vec![self.0.memory.reserve(size)?]);
+        insert(&mut spools, nar, &writer);
+        Some(writer)
+    }
+
+    fn try_begin(&self, nar: &NarHash, size: u64, whole: bool) -> Option<Begin> {
+        let mut spools = self.lock();
+        let mut is_shared = false;
+        if let Some(entry) = spools.get_mut(nar) {
+            if let Some(reader) = self.join(&entry.spool) {
+                entry.used = Instant::now();
+                return Some(Begin::Read(reader));
+            }
+            is_shared = !entry.spool.is_idle();
+        }
+        let mut reserved = Vec::new();
+        if whole {
+            reserved.push(make_room(&mut spools, &self.0.memory, size)?);
+        }
+        // Somebody is too far ahead to be joined: so others may come after this one too.
+        let file = if is_shared && !whole { self.file(&mut spools, size) } else { None };
+        let keep = match (&file, whole) {
+            (_, true) => Keep::All,
+            (Some(_), false) => Keep::File,
+            (None, false) => Keep::Window,
+        };
+        let (file, on_disk) = file.unzip();
+        reserved.extend(on_disk);
+        let writer = Spool::begin(size, keep, file, reserved);
+        let reader = writer.spool().read()?;
+        insert(&mut spools, nar, &writer);
+        Some(Begin::Write(writer, reader))
+    }
+
+    /// A second reader needs the file that the first did without.
+    fn join(&self, spool: &Arc<Spool>) -> Option<SpoolReader> {
+        let reader = spool.read()?;
+        if spool.wants_file()
+            && let Some((file, reserved)) = self.new_file(reader.total())
+        {
+            spool.give_file(file, reserved);
+        }
+        Some(reader)
+    }
+
+    fn file(&self, spools: &mut HashMap<NarHash, Entry>, size: u64) -> Option<(File, Reserved)> {
+        drop(make_room(spools, &self.0.disk, size)?);
+        self.new_file(size)
+    }
+
+    fn new_file(&self, size: u64) -> Option<(File, Reserved)> {
+        let directory = self.0.directory.as_ref()?;
+        let reserved = self.0.disk.reserve(size)?;
+        match tempfile::tempfile_in(directory) {
+            Ok(file) => Some((file, reserved)),
+            Err(error) => {
+                let directory = directory.display();
+                tracing::warn!(%directory, %error, "no file for a spool can be made; downloads are shared in memory alone");
+                None
+            }
+        }
+    }
+
+    /// Lets go what nobody has asked for in a while.
+    pub fn sweep(&self, now: Instant) {
+        self.lock().retain(|_, entry| {
+            let is_old = now.saturating_duration_since(entry.used) >= IDLE || !entry.spool.is_complete();
+            let goes = entry.spool.is_idle() && is_old;
+            if goes {
+                entry.spool.begin_to_close();
+            }
+            !goes
+        });
+    }
+
+    /// Closes all: lets nobody in any more, and waits until all readers have left.
+    pub async fn close(&self, within: Duration) -> Result<(), StillRead> {
+        let all: Vec<Entry> = self.lock().drain().map(|(_, entry)| entry).collect();
+        let closed = futures_util::future::join_all(all.iter().map(|entry| entry.spool.close(within))).await;
+        let late: usize = closed.iter().filter_map(|closed| closed.as_ref().err()).map(|e| e.readers).sum();
+        if late == 0 { Ok(()) } else { Err(StillRead { readers: late, waited: within }) }
+    }
+
+    /// Bytes of memory and of disk that are taken now.
+    #[must_use]
+    pub fn taken(&self) -> (u64, u64) {
+        let taken = |budget: &Budget| budget.taken.load(Ordering::Acquire);
+        (taken(&self.0.memory), taken(&self.0.disk))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Entry>> {
+        self.0.spools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn insert(spools: &mut HashMap<NarHash, Entry>, nar: &NarHash, writer: &SpoolWriter) {
+    if spools.len() >= MAX_SPOOLS {
+        evict(spools);
+    }
+    // What was there before has failed, or is read on by those who have it.
+    spools.insert(*nar, Entry { spool: Arc::clone(writer.spool()), used: Instant::now() });
+}
+
+/// Reserves, and gives up what was least recently used for it.
+fn make_room(spools: &mut HashMap<NarHash, Entry>, budget: &Arc<Budget>, size: u64) -> Option<Reserved> {
+    if size > budget.limit {
+        return None;
+    }
+    loop {
+        if let Some(reserved) = budget.reserve(size) {
+            return Some(reserved);
+        }
+        if !evict(spools) {
+            return None;
+        }
+    }
+}
+
+/// Gives up the least recently used spool that nobody reads or writes. False: there is none.
+fn evict(spools: &mut HashMap<NarHash, Entry>) -> bool {
+    let idle = spools.iter().filter(|(_, entry)| entry.spool.is_idle());
+    let Some(oldest) = idle.min_by_key(|(_, entry)| entry.used).map(|(nar, _)| *nar) else { return false };
+    if let Some(entry) = spools.remove(&oldest) {
+        entry.spool.begin_to_close();
+    }
+    true
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// A part of a budget that has just so much.
+    pub(in super::super) fn reserved(amount: u64) -> Reserved {
+        let freed = Arc::default();
+        Arc::new(Budget { limit: amount, taken: AtomicU64::new(0), freed }).reserve(amount).unwrap()
+    }
+
+    #[test]
+    fn a_budget_is_not_exceeded_and_comes_back() {
+        let one = reserved(10);
+        let budget = Arc::clone(&one.budget);
+        assert!(budget.reserve(1).is_none());
+        drop(one);
+        let some = budget.reserve(4).unwrap();
+        assert!(budget.reserve(u64::MAX).is_none());
+        assert!(budget.reserve(6).is_some());
+        drop(some);
+        assert_eq!(budget.taken.load(Ordering::Acquire), 0);
+    }
+}

@@ -1,0 +1,302 @@
+//! The download of one NAR from whoever has it, into a spool, verified on its way.
+//!
+//! Knows nothing of who reads it. The invariants: the last bytes are given out only after length and hash have proven right, and
+//! of a NAR that is verified first none before; a peer that dies, stalls, drips or turns out wrong is replaced by the next one at the same offset.
+
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use sha2::{Digest as _, Sha256};
+use thiserror::Error;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use super::holders::{Holder, Holders};
+use crate::cache::{Deserted, Served, SpoolWriter};
+use crate::metrics::RelayMetrics;
+use crate::nix::NarHash;
+use crate::nix::cache_url::NarUrl;
+use crate::peer::{Arriving, FetchError, PeerId};
+
+/// How many peers are tried for one NAR before it is given up.
+const TRIES: usize = 4;
+/// A peer that sends fewer bytes a second than this is as good as one that stalls.
+pub(super) const LOWEST_RATE: u64 = 256 * 1024;
+/// A shorter piece is copied: as it comes it may hold on to a far larger buffer.
+const COPIED: usize = 64 * 1024;
+
+/// Why a NAR did not come.
+#[derive(Debug, Error)]
+pub(super) enum DownloadError {
+    /// A peer could not be asked, or broke off.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// It had the narinfo, and not the NAR.
+    #[error("the peer has the narinfo and not the NAR")]
+    NotThere,
+    /// More or fewer bytes than NarSize.
+    #[error("the peer sent {got} bytes of a NAR of {expected}")]
+    Length {
+        /// How many came.
+        got: u64,
+        /// NarSize.
+        expected: u64,
+    },
+    /// Other bytes than those that were signed.
+    #[error("the peer sent other bytes than those of NarHash")]
+    Hash,
+    /// Nobody listens any more.
+    #[error(transparent)]
+    Deserted(#[from] Deserted),
+    /// The daemon shuts down.
+    #[error("the daemon stops")]
+    Stopped,
+}
+
+/// A NAR on its way.
+pub(super) struct Download {
+    holders: Holders,
+    metrics: RelayMetrics,
+    stall: Duration,
+    /// With its NarHash: only this NAR will do.
+    url: NarUrl,
+    nar_hash: NarHash,
+    nar_size: u64,
+    /// Whether nothing is given out before all of it is verified.
+    whole: bool,
+    writer: SpoolWriter,
+    /// Of all bytes that came.
+    hasher: Sha256,
+    got: u64,
+    /// The latest bytes, or all of them: what was not given out.
+    held: Vec<Bytes>,
+    /// How many bytes were given out, and the digest of those: what comes from another peer has to begin with the same.
+    given: u64,
+    given_digest: [u8; 32],
+    /// Whether what comes is compared with what was given out before it goes on.
+    is_repeated: bool,
+    /// Who sent the bytes that came.
+    senders: Vec<PeerId>,
+}
+
+impl Download {
+    pub(super) fn new(
+        holders: Holders,
+        url: NarUrl,
+        served: &Served,
+        stall: Duration,
+        whole: bool,
+        writer: SpoolWriter,
+        metrics: RelayMetrics,
+    ) -> Self {
+        Self {
+            holders,
+            metrics,
+            stall,
+            url,
+            nar_hash: served.nar_hash,
+            nar_size: served.nar_size,
+            whole,
+            writer,
+            hasher: Sha256::new(),
+            got: 0,
+            held: Vec::new(),
+            given: 0,
+            given_digest: [0; 32],
+            is_repeated: false,
+            senders: Vec::new(),
+        }
+    }
+
+    /// Downloads, from `first` and from others if that fails.
+    pub(super) async fn run(mut self, first: Holder) {
+        let mut tried = Vec::new();
+        let mut holder = Some(first);
+        let mut last_error = None;
+        while let Some(Holder { peer, served }) = holder {
+            let began = Instant::now();
+            match self.from(&peer, &served.nar_path).await {
+                Ok(()) => return self.writer.finish(),
+                Err(DownloadError::Deserted(_) | DownloadError::Stopped) => return,
+                Err(error) => {
+                    self.blame(&peer, &error, began.elapsed());
+                    if matches!(error, DownloadError::Hash) {
+                        self.begin_anew();
+                    }
+                    last_error = Some(error);
+                }
+            }
+            self.holders.forget(&self.url, &peer);
+            tried.push(peer);
+            if tried.len() >= TRIES {
+                break;
+            }
+            holder = self.holders.find(&self.url, &tried).await;
+            if holder.is_some() {
+                self.metrics.failovers.inc();
+            }
+        }
+        let why = last_error.map_or_else(|| "no peer has it".to_owned(), |error| error.to_string());
+        self.writer.fail(why);
+    }
+
+    /// Goes on with this peer where the one before has ended.
+    async fn from(&mut self, peer: &PeerId, path: &str) -> Result<(), DownloadError> {
+        let (began, before) = (Instant::now(), self.got);
+        let known = self.holders.peers.get(peer).ok_or(DownloadError::NotThere)?;
+        let _in_flight = self.holders.peers.began(peer);
+        let stall = self.stall;
+        let arriving = self.holders.peers.client(&known)?.file(path, self.got, stall).await?;
+        let mut arriving = arriving.ok_or(DownloadError::NotThere)?;
+        if let Some(len) = arriving.remaining().filter(|len| arriving.offset + *len != self.nar_size) {
+            return Err(DownloadError::Length { got: arriving.offset + len, expected: self.nar_size });
+        }
+        let mut pace = Pace::new(stall);
+        let mut skip = self.got - arriving.offset;
+        let mut is_sender = false;
+        while self.got < self.nar_size {
+            self.writer.room().await?;
+            let Some(mut chunk) = pace.next(&mut arriving).await? else {
+                return Err(DownloadError::Length { got: self.got, expected: self.nar_size });
+            };
+            // What came before from another peer: the hash of the whole proves in the end that it was the same.
+            let passed = skip.min(chunk.len() as u64);
+            skip -= passed;
+            let chunk = chunk.split_off(usize::try_from(passed).unwrap_or(usize::MAX));
+            if chunk.is_empty() {
+                continue;
+            }
+            if !std::mem::replace(&mut is_sender, true) {
+                self.senders.push(peer.clone());
+            }
+            self.take(chunk).await?;
+        }
+        self.prove().await?;
+        self.holders.peers.delivered(peer, self.got - before, began.elapsed());
+        Ok(())
+    }
+
+    /// Takes the next bytes, and gives out those before.
+    async fn take(&mut self, chunk: Bytes) -> Result<(), DownloadError> {
+        let end = self.got + chunk.len() as u64;
+        if end > self.nar_size {
+            return Err(DownloadError::Length { got: end, expected: self.nar_size });
+        }
+        if self.is_repeated {
+            return self.compare(chunk).await;
+        }
+        if !self.whole {
+            self.give_out().await?;
+        }
+        self.hasher.update(&chunk);
+        self.got = end;
+        self.held.push(if chunk.len() < COPIED { Bytes::copy_from_slice(&chunk) } else { chunk });
+        Ok(())
+    }
+
+    /// Takes bytes that were given out already: once more than all of those came, both have to be the same.
+    async fn compare(&mut self, mut chunk: Bytes) -> Result<(), DownloadError> {
+        let left = usize::try_from(self.given - self.got).unwrap_or(usize::MAX);
+        let rest = if left < chunk.len() { chunk.split_off(left) } else { Bytes::new() };
+        self.hasher.update(&chunk);
+        self.got += chunk.len() as u64;
+        if self.got < self.given {
+            return Ok(());
+        }
+        if <[u8; 32]>::from(self.hasher.clone().finalize()) != self.given_digest {
+            return Err(DownloadError::Hash);
+        }
+        self.is_repeated = false;
+        if rest.is_empty() { Ok(()) } else { Box::pin(self.take(rest)).await }
+    }
+
+    /// Gives out all that is held. The hash of it is that of everything so far.
+    async fn give_out(&mut self) -> Result<(), DownloadError> {
+        if self.held.is_empty() {
+            return Ok(());
+        }
+        self.given = self.got;
+        self.given_digest = self.hasher.clone().finalize().into();
+        for bytes in std::mem::take(&mut self.held) {
+            let appender = self.writer.appender();
+            if self.writer.writes_to_disk() {
+                spawn_blocking(move || appender.append(bytes)).await.map_err(|_| DownloadError::Stopped)?;
+            } else {
+                appender.append(bytes);
+            }
+        }
+        Ok(())
+    }
+
+    async fn prove(&mut self) -> Result<(), DownloadError> {
+        let digest = self.hasher.clone().finalize();
+        if NarHash::from_digest(digest.into()) != self.nar_hash {
+            return Err(DownloadError::Hash);
+        }
+        if self.whole {
+            self.held = gathered(std::mem::take(&mut self.held));
+        }
+        self.give_out().await
+    }
+
+    /// What came is not what was signed: all of it comes once more from others, and what was given out has to be its beginning.
+    fn begin_anew(&mut self) {
+        self.hasher = Sha256::new();
+        self.got = 0;
+        self.held.clear();
+        self.senders.clear();
+        self.is_repeated = self.given > 0;
+    }
+
+    fn blame(&self, peer: &PeerId, error: &DownloadError, after: Duration) {
+        match error {
+            DownloadError::Fetch(error) => self.holders.peers.failed(peer, error, after),
+            DownloadError::Length { .. } => self.holders.peers.lied(peer, &error.to_string()),
+            // Of several nobody knows whose bytes were wrong: all are passed over for a while.
+            DownloadError::Hash => {
+                self.senders.iter().for_each(|sender| self.holders.peers.lied(sender, &error.to_string()));
+            }
+            DownloadError::NotThere | DownloadError::Deserted(_) | DownloadError::Stopped => {}
+        }
+        tracing::debug!(peer.id = %peer, %error, got_bytes = self.got, "a NAR does not come from this peer");
+    }
+}
+
+/// One piece of many small ones.
+fn gathered(pieces: Vec<Bytes>) -> Vec<Bytes> {
+    if pieces.len() < 2 || pieces.iter().any(|piece| piece.len() >= COPIED) {
+        return pieces;
+    }
+    let mut all = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
+    pieces.iter().for_each(|piece| all.extend_from_slice(piece));
+    vec![all.freeze()]
+}
+
+/// Whether a peer sends fast enough: nothing for a while is too slow, and so is next to nothing for as long.
+struct Pace {
+    stall: Duration,
+    waited: Duration,
+    came: u64,
+}
+
+impl Pace {
+    fn new(stall: Duration) -> Self {
+        Self { stall, waited: Duration::ZERO, came: 0 }
+    }
+
+    /// The next bytes. Only the time that is waited for the peer counts, whatever the readers take.
+    async fn next(&mut self, arriving: &mut Arriving) -> Result<Option<Bytes>, FetchError> {
+        let began = Instant::now();
+        let chunk =
+            timeout(self.stall, arriving.chunk()).await.map_err(|_| FetchError::Timeout(self.stall))??;
+        self.waited += began.elapsed();
+        self.came += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
+        if self.waited >= self.stall {
+            if (self.came as f64) < LOWEST_RATE as f64 * self.waited.as_secs_f64() {
+                return Err(FetchError::Timeout(self.waited));
+            }
+            (self.waited, self.came) = (Duration::ZERO, 0);
+        }
+        Ok(chunk)
+    }
+}
