@@ -45,6 +45,9 @@ pub(super) enum DownloadError {
     /// Other bytes than those that were signed.
     #[error("the peer sent other bytes than those of NarHash")]
     Hash,
+    /// Another peer sends other bytes than those that were given out already: too late to mend.
+    #[error("a peer sent other bytes than those of NarHash, and its first ones were given out")]
+    GivenOut,
     /// Nobody listens any more.
     #[error(transparent)]
     Deserted(#[from] Deserted),
@@ -118,6 +121,7 @@ impl Download {
             match self.from(&peer, &served.nar_path).await {
                 Ok(()) => return self.writer.finish(),
                 Err(DownloadError::Deserted(_) | DownloadError::Stopped) => return,
+                Err(error @ DownloadError::GivenOut) => return self.writer.fail(error),
                 Err(error) => {
                     self.blame(&peer, &error, began.elapsed());
                     if matches!(error, DownloadError::Hash) {
@@ -204,7 +208,7 @@ impl Download {
             return Ok(());
         }
         if <[u8; 32]>::from(self.hasher.clone().finalize()) != self.given_digest {
-            return Err(DownloadError::Hash);
+            return Err(DownloadError::GivenOut);
         }
         self.is_repeated = false;
         if rest.is_empty() { Ok(()) } else { Box::pin(self.take(rest)).await }
@@ -256,7 +260,10 @@ impl Download {
             DownloadError::Hash => {
                 self.senders.iter().for_each(|sender| self.holders.peers.lied(sender, &error.to_string()));
             }
-            DownloadError::NotThere | DownloadError::Deserted(_) | DownloadError::Stopped => {}
+            DownloadError::NotThere
+            | DownloadError::GivenOut
+            | DownloadError::Deserted(_)
+            | DownloadError::Stopped => {}
         }
         tracing::debug!(peer.id = %peer, %error, got_bytes = self.got, "a NAR does not come from this peer");
     }

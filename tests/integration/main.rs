@@ -5,6 +5,7 @@
 
 mod clients;
 mod command_line;
+mod downloads;
 mod lan;
 mod limits;
 mod nar;

@@ -1,124 +1,17 @@
 //! Peers that are honest, that lie, that stall, and that speak as peernix in Go does. On loopback: the scripted ones are
 //! named by the configuration, or find the daemon by datagram.
 
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::UdpSocket;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crate::narinfo::{field, hash_part};
 use crate::signatures::BUILT;
 use crate::support::daemon::Daemon;
 use crate::support::eventually;
-use crate::support::http::{Answer, get, get_with};
-use crate::support::store::{Registration, Store};
-
-/// What a scripted peer sends: status, Content-Length, body, and whether it hangs after that.
-struct Script {
-    status: u16,
-    length: Option<usize>,
-    body: Vec<u8>,
-    hangs: bool,
-}
-
-impl Script {
-    fn ok(body: Vec<u8>) -> Self {
-        Self { status: 200, length: Some(body.len()), body, hangs: false }
-    }
-}
-
-/// A scripted peer: what it is asked, and what it says.
-struct Scripted {
-    address: SocketAddr,
-    asked: Arc<Mutex<Vec<String>>>,
-}
-
-impl Scripted {
-    /// `say` gets the path that is asked for, below `/nix-cache/`.
-    fn start(say: impl Fn(&str) -> Script + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let (address, asked) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
-        let (say, log) = (Arc::new(say), Arc::clone(&asked));
-        std::thread::spawn(move || {
-            for socket in listener.incoming().map_while(Result::ok) {
-                let (say, log) = (Arc::clone(&say), Arc::clone(&log));
-                std::thread::spawn(move || answer(socket, &*say, &log));
-            }
-        });
-        Self { address, asked }
-    }
-
-    fn url(&self) -> String {
-        format!("http://{}/nix-cache", self.address)
-    }
-
-    fn asked_for(&self, suffix: &str) -> usize {
-        self.asked.lock().unwrap().iter().filter(|path| path.ends_with(suffix)).count()
-    }
-}
-
-fn answer(socket: TcpStream, say: &dyn Fn(&str) -> Script, log: &Mutex<Vec<String>>) {
-    let mut reader = BufReader::new(socket.try_clone().unwrap());
-    let mut head = Vec::new();
-    loop {
-        let mut line = String::new();
-        if reader.read_line(&mut line).unwrap_or(0) == 0 {
-            return;
-        }
-        if line == "\r\n" {
-            break;
-        }
-        head.push(line);
-    }
-    let path = head[0].split(' ').nth(1).unwrap().trim_start_matches("/nix-cache/").to_owned();
-    log.lock().unwrap().push(path.clone());
-    let script = say(&path);
-    let length = script.length.map_or(String::new(), |length| format!("content-length: {length}\r\n"));
-    let mut socket = socket;
-    let _ = write!(socket, "HTTP/1.1 {} X\r\nconnection: close\r\n{length}\r\n", script.status);
-    let _ = socket.write_all(&script.body);
-    if script.hangs {
-        std::thread::sleep(Duration::from_secs(20));
-    }
-}
-
-/// An honest host with one built path of `size` bytes, and what it serves.
-struct Honest {
-    daemon: Daemon,
-    path: String,
-    narinfo: String,
-    nar_url: String,
-    nar: Vec<u8>,
-    key: String,
-    _store: Store,
-}
-
-fn honest(size: usize) -> Honest {
-    let store = Store::new();
-    let path = format!("/nix/store/{}-payload", "9".repeat(32));
-    let contents: Vec<u8> = (0..size).map(|i| (i * 31 % 251) as u8).collect();
-    std::fs::write(store.real(&path), contents).unwrap();
-    store.register(&[Registration { path: &path, deriver: "", references: &[] }]);
-    let daemon = Daemon::serve(store.root(), "");
-    let narinfo = crate::narinfo::narinfo(&daemon, &path);
-    let nar_url = field(&narinfo, "URL").unwrap();
-    let nar = get(&daemon.url(&nar_url)).bytes();
-    let key = get(&daemon.url("public-key")).text().trim().to_owned();
-    Honest { daemon, path, narinfo, nar_url, nar, key, _store: store }
-}
-
-/// A daemon with an empty store that asks these caches and trusts this key.
-fn relaying(key: &str, urls: &[String], more: &str) -> (Daemon, Store) {
-    let store = Store::new();
-    let peers: String = urls.iter().map(|url| format!("[[peer]]\nurl = {url:?}\n")).collect();
-    let settings = format!("{more}\n[trust]\npublic_keys = [{key:?}]\nhost_keys = false\n{peers}");
-    (Daemon::serve(store.root(), &settings), store)
-}
-
-fn ask(daemon: &Daemon, path: &str) -> Answer {
-    get(&daemon.url(&format!("nix-cache/{}.narinfo", hash_part(path))))
-}
+use crate::support::http::{get, get_with};
+use crate::support::scripted::{Script, Scripted, Then, ask, honest, relaying};
+use crate::support::store::Store;
 
 #[test]
 fn a_path_comes_from_a_peer_verified_and_signed_again() {
@@ -327,7 +220,7 @@ fn a_silent_peer_costs_no_more_than_the_budget_and_a_stalled_nar_is_cut() {
         let truth = get(&format!("{upstream}/{path}")).bytes();
         if path.ends_with(".nar") {
             let half = truth[..truth.len() / 2].to_vec();
-            return Script { status: 200, length: Some(truth.len()), body: half, hangs: true };
+            return Script { length: Some(truth.len()), then: Then::Hangs, ..Script::ok(half) };
         }
         Script::ok(truth)
     });

@@ -4,6 +4,7 @@ pub mod daemon;
 pub mod host;
 pub mod http;
 pub mod lan;
+pub mod scripted;
 pub mod store;
 
 use std::process::{Command, Output};

@@ -1,0 +1,142 @@
+//! NARs of peers on their way: a peer that fails midway is replaced, and what many ask for comes once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crate::support::eventually;
+use crate::support::http::{get, head};
+use crate::support::scripted::{Honest, Script, Scripted, Then, ask, honest, relaying};
+
+/// Large enough to be streamed and not verified first.
+const LARGE: usize = 20 << 20;
+
+/// A peer that says what the honest one says, but for the NAR, and says it sooner or later.
+fn peer(honest: &Honest, later: bool, nar: impl Fn(Vec<u8>) -> Script + Send + Sync + 'static) -> Scripted {
+    let upstream = honest.daemon.url("nix-cache");
+    Scripted::start(move |path| {
+        let truth = get(&format!("{upstream}/{path}"));
+        if path.ends_with(".nar") {
+            return nar(truth.bytes());
+        }
+        if later && path.ends_with(".narinfo") {
+            // The other one is asked first then.
+            std::thread::sleep(Duration::from_millis(400));
+        }
+        Script { status: truth.status, ..Script::ok(truth.bytes()) }
+    })
+}
+
+fn half(nar: Vec<u8>, then: Then) -> Script {
+    Script { length: Some(nar.len()), then, ..Script::ok(nar[..nar.len() / 2].to_vec()) }
+}
+
+/// The first peer that is asked fails in this way; the second is good, with ranges or without.
+fn is_replaced(honest: &Honest, fails: fn(Vec<u8>) -> Script, ranges: bool) {
+    let first = peer(honest, false, fails);
+    let second = peer(honest, true, move |nar| Script { ranges, ..Script::ok(nar) });
+    let settings = "[resolve]\nnarinfo_budget = \"5s\"\nstall = \"300ms\"";
+    let (daemon, _store) = relaying(&honest.key, &[first.url(), second.url()], settings);
+    assert_eq!(ask(&daemon, &honest.path).status, 200);
+    assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar, "ranges: {ranges}");
+    assert_eq!((first.asked_for(".nar"), second.asked_for(".nar")), (1, 1));
+    assert_eq!(daemon.metric("peernix_relay_failovers_total"), 1.0);
+}
+
+#[test]
+fn a_peer_that_dies_stalls_or_drips_midway_is_replaced_at_the_same_offset() {
+    let honest = honest(LARGE);
+    for ranges in [true, false] {
+        is_replaced(&honest, |nar| half(nar, Then::Closes), ranges);
+        is_replaced(&honest, |nar| half(nar, Then::Hangs), ranges);
+        // The bytes are right, as far as they come.
+        let drips: fn(Vec<u8>) -> Script = |nar| {
+            let rest = nar[nar.len() / 2..].to_vec();
+            half(nar, Then::Drips(rest))
+        };
+        is_replaced(&honest, drips, ranges);
+    }
+}
+
+#[test]
+fn bytes_that_prove_wrong_before_they_were_given_out_come_from_another_peer() {
+    let honest = honest(LARGE);
+    let lie: fn(Vec<u8>) -> Script = |mut nar| {
+        let at = nar.len() - 20;
+        nar[at] ^= 1;
+        Script::ok(nar)
+    };
+    is_replaced(&honest, lie, true);
+    is_replaced(&honest, lie, false);
+}
+
+#[test]
+fn bytes_that_prove_wrong_after_they_were_given_out_are_cut_and_never_mended_unseen() {
+    let honest = honest(LARGE);
+    let first = peer(&honest, false, |mut nar| {
+        nar[1000] ^= 1;
+        Script::ok(nar)
+    });
+    let second = peer(&honest, true, Script::ok);
+    let settings = "[resolve]\nnarinfo_budget = \"5s\"";
+    let (daemon, _store) = relaying(&honest.key, &[first.url(), second.url()], settings);
+    assert_eq!(ask(&daemon, &honest.path).status, 200);
+    assert!(get(&daemon.url(&honest.nar_url)).try_bytes().is_err());
+    // Whoever asks again gets it.
+    assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar);
+}
+
+#[test]
+fn what_many_ask_for_at_once_comes_once_or_twice_and_whole_to_each() {
+    let honest = honest(LARGE);
+    let (daemon, _store) = {
+        let peer = peer(&honest, false, Script::ok);
+        let (daemon, store) = relaying(&honest.key, &[peer.url()], "");
+        assert_eq!(ask(&daemon, &honest.path).status, 200);
+        let good = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..16 {
+                scope.spawn(|| {
+                    assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar);
+                    good.fetch_add(1, Ordering::Relaxed);
+                });
+            }
+        });
+        assert_eq!(good.into_inner(), 16);
+        assert!(peer.asked_for(".nar") <= 2, "{}", peer.asked_for(".nar"));
+        (daemon, store)
+    };
+    // Nobody reads any more: no file is left open.
+    let files = || {
+        std::fs::read_dir(format!("/proc/{}/fd", daemon.pid()))
+            .unwrap()
+            .flatten()
+            .filter_map(|fd| std::fs::read_link(fd.path()).ok())
+            .filter(|target| target.to_string_lossy().contains("(deleted)"))
+            .count()
+    };
+    assert!(files() <= 1, "one complete spool may stay for whoever asks next");
+}
+
+#[test]
+fn a_head_fetches_nothing_and_small_nars_come_before_they_are_asked_for() {
+    let honest = honest(1000);
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&asked);
+    let peer = peer(&honest, false, move |nar| {
+        counted.fetch_add(1, Ordering::SeqCst);
+        Script::ok(nar)
+    });
+    let (daemon, _store) = relaying(&honest.key, &[peer.url()], "");
+    assert_eq!(ask(&daemon, &honest.path).status, 200);
+    let told = head(&daemon.url(&honest.nar_url));
+    assert_eq!(told.header("content-length"), Some(&*honest.nar.len().to_string()));
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+
+    // A second path of the same holder: its NAR comes while the first is read.
+    let text = honest.store.add_text("another", "text");
+    assert_eq!(ask(&daemon, &text).status, 200);
+    assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar);
+    eventually("the other one was prepared", || (asked.load(Ordering::SeqCst) == 2).then_some(()));
+    assert_eq!(daemon.metric("peernix_relays_prepared_total"), 1.0);
+}

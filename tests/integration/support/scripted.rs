@@ -1,0 +1,148 @@
+//! Peers that say what a test tells them to, an honest one, and a daemon that asks them.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::daemon::Daemon;
+use super::http::{Answer, get};
+use super::store::{Registration, Store};
+use crate::narinfo::{field, hash_part};
+
+/// What a scripted peer sends.
+pub struct Script {
+    pub status: u16,
+    /// Content-Length.
+    pub length: Option<usize>,
+    pub body: Vec<u8>,
+    /// What it does after the body.
+    pub then: Then,
+    /// Whether it gives parts of the body to whoever asks for them.
+    pub ranges: bool,
+}
+
+/// What a scripted peer does after the body.
+pub enum Then {
+    Closes,
+    Hangs,
+    /// Sends these, a byte now and then.
+    Drips(Vec<u8>),
+}
+
+impl Script {
+    pub fn ok(body: Vec<u8>) -> Self {
+        Self { status: 200, length: Some(body.len()), body, then: Then::Closes, ranges: false }
+    }
+}
+
+/// A scripted peer: what it is asked, and what it says.
+pub struct Scripted {
+    pub address: SocketAddr,
+    pub asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Scripted {
+    /// `say` gets the path that is asked for, below `/nix-cache/`.
+    pub fn start(say: impl Fn(&str) -> Script + Send + Sync + 'static) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let (address, asked) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
+        let (say, log) = (Arc::new(say), Arc::clone(&asked));
+        std::thread::spawn(move || {
+            for socket in listener.incoming().map_while(Result::ok) {
+                let (say, log) = (Arc::clone(&say), Arc::clone(&log));
+                std::thread::spawn(move || answer(socket, &*say, &log));
+            }
+        });
+        Self { address, asked }
+    }
+
+    pub fn url(&self) -> String {
+        format!("http://{}/nix-cache", self.address)
+    }
+
+    pub fn asked_for(&self, suffix: &str) -> usize {
+        self.asked.lock().unwrap().iter().filter(|path| path.ends_with(suffix)).count()
+    }
+}
+
+fn answer(socket: TcpStream, say: &dyn Fn(&str) -> Script, log: &Mutex<Vec<String>>) {
+    let mut reader = BufReader::new(socket.try_clone().unwrap());
+    let mut head = Vec::new();
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 {
+            return;
+        }
+        if line == "\r\n" {
+            break;
+        }
+        head.push(line);
+    }
+    let path = head[0].split(' ').nth(1).unwrap().trim_start_matches("/nix-cache/").to_owned();
+    log.lock().unwrap().push(path.clone());
+    let mut script = say(&path);
+    let from = head.iter().find_map(|line| {
+        line.to_lowercase().strip_prefix("range: bytes=")?.trim_end().strip_suffix('-')?.parse::<usize>().ok()
+    });
+    let mut part = String::new();
+    if let Some(from) = from.filter(|_| script.ranges) {
+        let total = script.body.len();
+        script.body.drain(..from);
+        (script.status, script.length) = (206, Some(total - from));
+        part = format!("content-range: bytes {from}-{}/{total}\r\n", total - 1);
+    }
+    let length = script.length.map_or(String::new(), |length| format!("content-length: {length}\r\n"));
+    let mut socket = socket;
+    let _ = write!(socket, "HTTP/1.1 {} X\r\nconnection: close\r\n{length}{part}\r\n", script.status);
+    let _ = socket.write_all(&script.body);
+    match script.then {
+        Then::Closes => {}
+        Then::Hangs => std::thread::sleep(Duration::from_secs(20)),
+        Then::Drips(rest) => {
+            for byte in rest {
+                if socket.write_all(&[byte]).is_err() {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+    }
+}
+
+/// An honest host with one built path of `size` bytes, and what it serves.
+pub struct Honest {
+    pub daemon: Daemon,
+    pub path: String,
+    pub narinfo: String,
+    pub nar_url: String,
+    pub nar: Vec<u8>,
+    pub key: String,
+    pub store: Store,
+}
+
+pub fn honest(size: usize) -> Honest {
+    let store = Store::new();
+    let path = format!("/nix/store/{}-payload", "9".repeat(32));
+    let contents: Vec<u8> = (0..size).map(|i| (i * 31 % 251) as u8).collect();
+    std::fs::write(store.real(&path), contents).unwrap();
+    store.register(&[Registration { path: &path, deriver: "", references: &[] }]);
+    let daemon = Daemon::serve(store.root(), "");
+    let narinfo = crate::narinfo::narinfo(&daemon, &path);
+    let nar_url = field(&narinfo, "URL").unwrap();
+    let nar = get(&daemon.url(&nar_url)).bytes();
+    let key = get(&daemon.url("public-key")).text().trim().to_owned();
+    Honest { daemon, path, narinfo, nar_url, nar, key, store }
+}
+
+/// A daemon with an empty store that asks these caches and trusts this key.
+pub fn relaying(key: &str, urls: &[String], more: &str) -> (Daemon, Store) {
+    let store = Store::new();
+    let peers: String = urls.iter().map(|url| format!("[[peer]]\nurl = {url:?}\n")).collect();
+    let settings = format!("{more}\n[trust]\npublic_keys = [{key:?}]\nhost_keys = false\n{peers}");
+    (Daemon::serve(store.root(), &settings), store)
+}
+
+pub fn ask(daemon: &Daemon, path: &str) -> Answer {
+    get(&daemon.url(&format!("nix-cache/{}.narinfo", hash_part(path))))
+}
