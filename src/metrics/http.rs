@@ -69,6 +69,9 @@ pub enum Refusal {
     IdleTime,
 }
 
+const REFUSALS: [Refusal; 4] =
+    [Refusal::Connections, Refusal::Address, Refusal::HeaderTime, Refusal::IdleTime];
+
 impl EncodeLabelValue for Refusal {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
         encoder.write_str(match self {
@@ -112,6 +115,9 @@ impl HttpMetrics {
         for route in ROUTES {
             let _ = metrics.bytes.get_or_create(&RouteLabel { route });
             let _ = metrics.seconds.get_or_create(&RouteLabel { route });
+        }
+        for reason in REFUSALS {
+            let _ = metrics.closed.get_or_create(&RefusalLabel { reason });
         }
         metrics
     }

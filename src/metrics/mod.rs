@@ -124,4 +124,20 @@ mod tests {
             assert!(text.contains(line), "{line} is not in:\n{text}");
         }
     }
+
+    #[test]
+    fn what_did_not_happen_yet_stands_at_zero() {
+        let text = Metrics::new().to_openmetrics();
+        for (name, label, values) in [
+            ("peer_requests", "outcome", &["ok", "unreachable", "wrong", "not_made"][..]),
+            ("discovery_datagrams_received", "outcome", &["understood", "strange"]),
+            ("lookups", "outcome", &["found", "missing", "unknown", "remembered_miss"]),
+            ("http_connections_closed", "reason", &["connections", "address", "header_time", "idle_time"]),
+        ] {
+            for value in values {
+                let line = format!("peernix_{name}_total{{{label}=\"{value}\"}} 0\n");
+                assert!(text.contains(&line), "{line} is not in:\n{text}");
+            }
+        }
+    }
 }

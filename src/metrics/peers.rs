@@ -12,6 +12,22 @@ struct OutcomeLabel {
     outcome: &'static str,
 }
 
+/// How a request to a peer can end: as `peer` counts it.
+const REQUEST_OUTCOMES: [&str; 4] = ["ok", "unreachable", "wrong", "not_made"];
+/// How a lookup can end: as `resolve` counts it.
+const LOOKUP_OUTCOMES: [&str; 4] = ["found", "missing", "unknown", "remembered_miss"];
+/// Whether a datagram was understood.
+const DATAGRAM_OUTCOMES: [&str; 2] = ["understood", "strange"];
+
+/// Counters that stand at 0 from the start: a series that begins with its first event has no rate over it.
+fn at_zero(outcomes: &[&'static str]) -> Family<OutcomeLabel, Counter> {
+    let family = Family::default();
+    for &outcome in outcomes {
+        let _ = family.get_or_create(&OutcomeLabel { outcome });
+    }
+    family
+}
+
 /// What discovery and the ways to peers count.
 #[derive(Clone, Debug)]
 pub struct PeerMetrics {
@@ -35,8 +51,8 @@ impl Default for PeerMetrics {
             datagrams_sent: Counter::default(),
             relayed_bytes: Counter::default(),
             lies: Counter::default(),
-            received: Family::default(),
-            requests: Family::default(),
+            received: at_zero(&DATAGRAM_OUTCOMES),
+            requests: at_zero(&REQUEST_OUTCOMES),
             seconds: super::http::request_seconds(),
         }
     }
@@ -72,7 +88,7 @@ pub struct LookupMetrics {
 impl Default for LookupMetrics {
     fn default() -> Self {
         Self {
-            outcomes: Family::default(),
+            outcomes: at_zero(&LOOKUP_OUTCOMES),
             seconds: super::http::request_seconds(),
             joined: Counter::default(),
             untrusted: Counter::default(),
