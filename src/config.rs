@@ -165,13 +165,12 @@ impl Config {
 
 /// The parser's message, with the key that it is about and what would be right.
 fn explain(message: &str, line: &str) -> String {
-    let message = message.replace('\n', " ");
+    let message = in_plain_words(&message.replace('\n', " "), line.trim());
     let right = match &*message {
         text if text.contains("invalid socket address") => {
             "; an address reads \"192.168.1.10:9999\" or \"[::]:9999\""
         }
         text if text.contains("invalid IP address") => "; a network reads \"10.0.0.0/8\" or \"fd00::/8\"",
-        text if text.contains("parsable string") => "; a size reads \"16 KiB\"",
         text if text.contains("duration") || text.contains("time unit") => {
             "; a duration reads \"30s\" or \"10min\""
         }
@@ -182,6 +181,31 @@ fn explain(message: &str, line: &str) -> String {
         Some(key) => format!("{key}: {message}{right}"),
         None => format!("{message}{right}"),
     }
+}
+
+/// Serde names the Rust type that it expected; this says what to write.
+fn in_plain_words(message: &str, line: &str) -> String {
+    let Some((found, expected)) = message.rsplit_once(", expected ") else { return message.to_owned() };
+    if let Some(number) = found.strip_suffix("` as i128").and_then(|text| text.split_once('`')) {
+        return format!("{} is too {}", number.1, if number.1.starts_with('-') { "small" } else { "large" });
+    }
+    let heading = line.trim_start_matches('[').trim_start();
+    let of_peer = heading.strip_prefix("peer").is_some_and(|rest| !rest.starts_with(char::is_alphanumeric));
+    let right = match expected {
+        "u16" => "a whole number from 0 to 65535",
+        "u32" => "a whole number from 0 to 4294967295",
+        "u64" | "usize" => "a whole number from 0 on",
+        // The last is what the size's own reader says of a negative number.
+        "parsable string" | "an integer or string" | "integer overflow" => {
+            "a size: \"16 KiB\", or bytes from 0 on"
+        }
+        "a sequence" | "struct ConfiguredPeer" if of_peer => "`[[peer]]`, once for each peer",
+        "a sequence" if line.starts_with("[[") => return format!("`{line}` stands once: single brackets"),
+        "a sequence" => "a list in square brackets",
+        other if other.starts_with("struct ") => "a section",
+        other => other,
+    };
+    format!("{found}, expected {right}")
 }
 
 impl State {
@@ -295,6 +319,65 @@ mod tests {
         without.discovery.targets.clear();
         without.http.relay_for.clear();
         assert_eq!(format!("{without:?}"), format!("{:?}", Config::default()));
+    }
+
+    #[test]
+    fn a_value_of_the_wrong_kind_is_told_with_what_would_be_right() {
+        for (text, expected) in [
+            ("[peer]\nurl = \"http://a\"\n", "1: invalid type: map, expected `[[peer]]`, once for each peer"),
+            (
+                "peer.url = \"http://a\"\n",
+                "1: peer.url: invalid type: map, expected `[[peer]]`, once for each peer",
+            ),
+            ("[[http]]\npriority = 3\n", "1: `[[http]]` stands once: single brackets"),
+            (
+                "[resolve]\nverify_first = -1\n",
+                "2: verify_first: invalid value: integer `-1`, expected a size: \"16 KiB\", or bytes from 0 on",
+            ),
+            (
+                "[resolve]\nverify_first = \"x\"\n",
+                "2: verify_first: invalid value: string \"x\", expected a size: \"16 KiB\", or bytes from 0 on",
+            ),
+            (
+                "[discovery]\nport = 70000\n",
+                "2: port: invalid value: integer `70000`, expected a whole number from 0 to 65535",
+            ),
+            (
+                "[limits]\nrequests_per_second = -1\n",
+                "2: requests_per_second: invalid value: integer `-1`, expected a whole number from 0 to 4294967295",
+            ),
+            (
+                "[cache]\nentries = -1\n",
+                "2: entries: invalid value: integer `-1`, expected a whole number from 0 on",
+            ),
+            (
+                "[cache]\nentries = 99999999999999999999999\n",
+                "2: entries: 99999999999999999999999 is too large",
+            ),
+            (
+                "[trust]\npublic_keys = \"a b\"\n",
+                "2: public_keys: invalid type: string \"a b\", expected a list in square brackets",
+            ),
+        ] {
+            assert_eq!(complaint(text), format!("peernix.toml:{expected}"));
+        }
+    }
+
+    #[test]
+    fn a_key_that_is_none_is_told_by_its_form_and_never_shown_whole() {
+        let form = "; a public key reads NAME:BASE64, each in a string of its own";
+        for (keys, which) in [
+            ("\"c2VjcmV0\"", "entry 1 is no public key (public key has no name separator)"),
+            ("\"lan-1:c2VjcmV0\"", "entry 1 (lan-1:…) is no public key ("),
+            (
+                "\"cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=\", \"lan-1:c2VjcmV0 \"",
+                "entry 2 (lan-1:…) is no public key (public key is not valid base64)",
+            ),
+        ] {
+            let said = complaint(&format!("[trust]\npublic_keys = [{keys}]\n"));
+            assert!(said.starts_with(&format!("peernix.toml: trust.public_keys: {which}")), "{said}");
+            assert!(said.ends_with(form) && !said.contains("c2VjcmV0"), "{said}");
+        }
     }
 
     proptest! {

@@ -57,8 +57,16 @@ impl Default for Options {
 impl Options {
     /// What can't be read, as `key: why`.
     pub fn check(&self) -> Result<(), String> {
-        for key in &self.public_keys {
-            PublicKey::parse(key).map_err(|error| format!("trust.public_keys: {key:?}: {error}"))?;
+        for (position, key) in self.public_keys.iter().enumerate() {
+            PublicKey::parse(key).map_err(|error| {
+                // Never the whole text: it may be a secret key that came here by mistake.
+                let name = key.split_once(':').map(|(name, _)| format!(" ({name}:…)")).unwrap_or_default();
+                format!(
+                    "trust.public_keys: entry {}{name} is no public key ({error}); a public key reads NAME:BASE64, \
+                     each in a string of its own",
+                    position + 1
+                )
+            })?;
         }
         Ok(())
     }
@@ -129,8 +137,7 @@ impl Trust {
     /// Trusts the configured keys and `own`; those of the host's Nix come with [`Trust::ask_nix`].
     #[must_use]
     pub fn new(options: Options, own: Vec<PublicKey>, store_dir: StoreDir) -> Self {
-        let configured = options.public_keys.iter().filter_map(|key| PublicKey::parse(key).ok());
-        let keys: Arc<[PublicKey]> = configured.chain(own).collect();
+        let keys = each_once(&options.public_keys, &[], &own);
         Self { options: Arc::new(options), store_dir, keys: Arc::new(RwLock::new(keys)) }
     }
 
@@ -187,9 +194,7 @@ impl Trust {
         }
         match trusted_public_keys().await {
             Some(texts) => {
-                let configured = self.options.public_keys.iter();
-                let parsed = configured.chain(&texts).filter_map(|key| PublicKey::parse(key).ok());
-                let keys: Arc<[PublicKey]> = parsed.chain(own.iter().cloned()).collect();
+                let keys = each_once(&self.options.public_keys, &texts, own);
                 tracing::info!(keys = ?keys.iter().map(|key| &key.name).collect::<Vec<_>>(), "trusting");
                 *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
             }
@@ -200,6 +205,18 @@ impl Trust {
     fn keys(&self) -> Arc<[PublicKey]> {
         Arc::clone(&self.keys.read().unwrap_or_else(PoisonError::into_inner))
     }
+}
+
+/// The configured keys, those of the host's Nix, and our own. Nix often lists our own as well: one is enough.
+fn each_once(configured: &[String], of_nix: &[String], own: &[PublicKey]) -> Arc<[PublicKey]> {
+    let parsed = configured.iter().chain(of_nix).filter_map(|key| PublicKey::parse(key).ok());
+    let mut keys: Vec<PublicKey> = Vec::new();
+    for key in parsed.chain(own.iter().cloned()) {
+        if !keys.contains(&key) {
+            keys.push(key);
+        }
+    }
+    keys.into()
 }
 
 fn modified(file: &Path) -> Option<SystemTime> {
@@ -229,4 +246,18 @@ async fn trusted_public_keys() -> Option<Vec<String>> {
         return Some(keys.iter().filter_map(|key| key.as_str().map(str::to_owned)).collect());
     }
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_that_is_listed_several_times_is_trusted_once() {
+        let base64 = "6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=";
+        let texts = [format!("lan-1:{base64}"), "no key".to_owned(), format!("lan-2:{base64}")];
+        let own = [PublicKey::parse(&texts[0]).unwrap()];
+        let keys = each_once(&texts[..1], &texts, &own);
+        assert_eq!(keys.iter().map(|key| &*key.name).collect::<Vec<_>>(), ["lan-1", "lan-2"]);
+    }
 }
