@@ -3,8 +3,17 @@
 use std::io::Write as _;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
 use serde::Deserialize;
+
+/// How long the daemon may take.
+const ANSWER_TIME: Duration = Duration::from_secs(5);
+
+/// What is said when there is nobody to show.
+const NOBODY: &str = "\
+no peer is known yet. Hosts of one LAN find each other within seconds, if their firewalls let UDP 9999 (discovery.port)
+and UDP 5353 (multicast DNS) in, and TCP 9999 (http.listen) for what they fetch from each other. A host that broadcasts
+can't reach is named in discovery.targets, one that announces nothing as a [[peer]].";
 
 #[derive(Deserialize)]
 struct Row {
@@ -23,13 +32,10 @@ struct Row {
 /// Asks the daemon at `url` and prints a table.
 pub(super) fn peers(url: &str) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let rows: Vec<Row> = runtime.block_on(ask(url)).with_context(|| format!("no daemon answers at {url}"))?;
+    let rows: Vec<Row> = runtime.block_on(ask(url))?;
     let mut out = std::io::stdout().lock();
     if rows.is_empty() {
-        writeln!(
-            out,
-            "no peer is known; they are found by themselves on the same LAN, or named by [[peer]]"
-        )?;
+        writeln!(out, "{NOBODY}")?;
         return Ok(());
     }
     let head =
@@ -63,7 +69,30 @@ fn cells(row: &Row) -> [String; 9] {
 }
 
 async fn ask(url: &str) -> anyhow::Result<Vec<Row>> {
-    let client = reqwest::Client::builder().no_proxy().timeout(Duration::from_secs(5)).build()?;
-    let answer = client.get(format!("{}/api/v1/peers", url.trim_end_matches('/'))).send().await?;
-    Ok(serde_json::from_slice(&answer.error_for_status()?.bytes().await?)?)
+    let client = reqwest::Client::builder().no_proxy().timeout(ANSWER_TIME).build();
+    let request = client.context("no HTTP client can be made")?;
+    let request = request.get(format!("{}/api/v1/peers", url.trim_end_matches('/')));
+    let answer = request.send().await.map_err(|error| told(url, &error))?;
+    let answer = answer.error_for_status().map_err(|error| told(url, &error))?;
+    let body = answer.bytes().await.map_err(|error| told(url, &error))?;
+    serde_json::from_slice(&body)
+        .map_err(|_| anyhow!("what answers at {url} is not this peernix: name another with --url"))
+}
+
+/// One line instead of a chain in which each layer says that the one below it failed.
+fn told(url: &str, error: &reqwest::Error) -> anyhow::Error {
+    if error.is_builder() {
+        return anyhow!("{url:?} is no URL: --url reads http://127.0.0.1:9999");
+    }
+    if let Some(status) = error.status() {
+        return anyhow!("what answers at {url} says {status}, as peernix would not: name another with --url");
+    }
+    let mut why: &dyn std::error::Error = error;
+    while let Some(source) = why.source() {
+        why = source;
+    }
+    let why = if error.is_timeout() { format!("nothing within {ANSWER_TIME:?}") } else { why.to_string() };
+    anyhow!(
+        "no daemon answers at {url} ({why}): see whether it runs (systemctl status peernix), or name another with --url"
+    )
 }

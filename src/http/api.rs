@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::nix::signature::public_key_text;
 use crate::resolve::{Peer, Resolver, StoreState};
 
 /// One peer, as `/api/v1/peers` tells it.
@@ -36,7 +37,8 @@ struct Status {
     instance_id: String,
     uptime_seconds: u64,
     store: String,
-    public_keys: String,
+    /// As they stand in nix.conf, each by itself.
+    public_keys: Vec<String>,
     trusted_keys: Vec<String>,
     peers: usize,
     remembered_misses: u64,
@@ -56,7 +58,7 @@ pub(super) fn status(resolver: &Resolver, uptime: Duration) -> String {
         instance_id: resolver.peers().own_id().to_owned(),
         uptime_seconds: uptime.as_secs(),
         store: store_text(&resolver.store().state().borrow()),
-        public_keys: resolver.signer().public_key_line(),
+        public_keys: resolver.signer().public_keys().iter().map(public_key_text).collect(),
         trusted_keys: resolver.trust().key_names(),
         peers: resolver.peers().all().len(),
         remembered_misses: resolver.remembered_misses(),

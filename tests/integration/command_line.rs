@@ -145,6 +145,31 @@ fn help_completions_and_the_manual_are_printed() {
 }
 
 #[test]
+fn peers_that_cannot_be_shown_are_told_in_one_line() {
+    let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = format!("http://{}", closed.local_addr().unwrap());
+    drop(closed);
+    let store = Store::new();
+    let daemon = Daemon::serve(store.root(), "");
+    let root = daemon.url("").trim_end_matches('/').to_owned();
+    for (url, parts) in [
+        (&*nobody, &["no daemon answers at", "Connection refused", "systemctl status peernix", "--url"][..]),
+        ("nowhere", &["\"nowhere\" is no URL", "--url"]),
+        (&format!("{root}/elsewhere"), &["says 404", "--url"]),
+    ] {
+        let output = run(Command::new(PROGRAM).args(["peers", "--url", url]));
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{said}");
+        assert!(parts.iter().all(|part| said.contains(part)), "{parts:?} are not all in {said}");
+        assert_eq!(said.matches(url).count(), 1, "{said}");
+    }
+    let shown = text(Command::new(PROGRAM).args(["peers", "--url", &root]));
+    for part in ["UDP 9999", "TCP 9999", "discovery.targets"] {
+        assert!(shown.contains(part), "{part} is not in {shown}");
+    }
+}
+
+#[test]
 fn health_metrics_and_the_first_page_answer() {
     let store = Store::new();
     let daemon = Daemon::serve(store.root(), "");
@@ -155,6 +180,8 @@ fn health_metrics_and_the_first_page_answer() {
     let welcome = get(&daemon.url("nix-cache")).text();
     assert!(welcome.contains(&format!("extra-substituters = {}\n", daemon.substituter())), "{welcome}");
     assert!(welcome.contains(get(&daemon.url("public-key")).text().trim()), "{welcome}");
+    let status: serde_json::Value = serde_json::from_str(&get(&daemon.url("api/v1/status")).text()).unwrap();
+    assert_eq!(status["public_keys"], serde_json::json!([get(&daemon.url("public-key")).text().trim()]));
     let metrics = get(&daemon.url("metrics"));
     assert_eq!(metrics.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
     let modern =
