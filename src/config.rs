@@ -145,8 +145,8 @@ impl Config {
             config.state.check(),
             config.check_memory(),
         ];
-        let peers = config.peer.iter().map(peer::ConfiguredPeer::check);
-        match checks.into_iter().chain(peers).find_map(Result::err) {
+        let peers = peer::ConfiguredPeer::check_all(&config.peer);
+        match checks.into_iter().chain([peers]).find_map(Result::err) {
             Some(message) => Err(ConfigError::Range { path: path.to_owned(), message }),
             None => Ok(config),
         }

@@ -85,8 +85,15 @@ impl Misses {
 }
 
 impl Question {
+    /// Whether nobody came or gained the path since it was asked.
+    #[must_use]
+    pub fn is_fresh(&self) -> bool {
+        let gains = self.misses.open.get(&self.hash).map(|open| open.1);
+        self.epoch == self.misses.epoch.load(Ordering::Acquire) && gains == Some(self.gains)
+    }
+
     /// Every peer said "not here".
-    pub fn nobody_has_it(self) {
+    pub fn nobody_has_it(&self) {
         // Under the entry's lock, so that no gain falls between the look and the note.
         if let Some(open) = self.misses.open.get(&self.hash)
             && open.1 == self.gains
@@ -131,13 +138,16 @@ mod tests {
     fn news_during_a_question_make_its_miss_worthless() {
         let (misses, hash) = misses();
         let question = misses.ask(hash);
+        assert!(question.is_fresh());
         misses.gained(&hash);
         question.nobody_has_it();
-        assert!(!misses.contains(&hash));
-        let question = misses.ask(hash);
+        assert!(!misses.contains(&hash) && !question.is_fresh());
+        let later = misses.ask(hash);
+        assert!(later.is_fresh() && !question.is_fresh());
         misses.flush();
-        question.nobody_has_it();
-        assert!(!misses.contains(&hash));
+        later.nobody_has_it();
+        assert!(!misses.contains(&hash) && !later.is_fresh());
+        drop((question, later));
         assert!(misses.open.is_empty());
     }
 

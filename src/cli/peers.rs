@@ -22,7 +22,7 @@ struct Row {
     source: String,
     peernix_version: String,
     known_for_seconds: u64,
-    last_seen_seconds_ago: f64,
+    last_seen_seconds_ago: Option<f64>,
     failures: u64,
     paused: bool,
     latency_ms: Option<f64>,
@@ -61,7 +61,7 @@ fn cells(row: &Row) -> [String; 9] {
         row.source.clone(),
         or_dash(version),
         humantime::format_duration(Duration::from_secs(row.known_for_seconds)).to_string(),
-        format!("{:.0}s ago", row.last_seen_seconds_ago),
+        row.last_seen_seconds_ago.map_or_else(|| "never".to_owned(), |ago| format!("{ago:.0}s ago")),
         or_dash(row.latency_ms.map(|ms| format!("{ms:.1} ms"))),
         or_dash(row.bytes_per_second.map(|bytes| format!("{:.0} MB/s", bytes / 1e6))),
         format!("{}{}", row.failures, if row.paused { ", paused" } else { "" }),
@@ -69,7 +69,7 @@ fn cells(row: &Row) -> [String; 9] {
 }
 
 async fn ask(url: &str) -> anyhow::Result<Vec<Row>> {
-    let client = reqwest::Client::builder().no_proxy().timeout(ANSWER_TIME).build();
+    let client = crate::peer::http_client(url)?.timeout(ANSWER_TIME).build();
     let request = client.context("no HTTP client can be made")?;
     let request = request.get(format!("{}/api/v1/peers", url.trim_end_matches('/')));
     let answer = request.send().await.map_err(|error| told(url, &error))?;

@@ -11,7 +11,8 @@ use reqwest::{Response, StatusCode};
 use thiserror::Error;
 use tokio::time::timeout;
 
-use super::registry::{Asking, Peer};
+use super::record::{Asking, Peer};
+use super::tls::http_client;
 use super::wire::{MAX_DATAGRAM, Message};
 use crate::nix::StorePathHash;
 
@@ -84,9 +85,9 @@ impl PeerClient {
         // The bytes are hashed as they come: packed ones would not be those that were signed.
         headers.insert("accept-encoding", HeaderValue::from_static("identity"));
         headers.insert(ACCEPT, HeaderValue::from_static("*/*"));
-        let mut builder = reqwest::Client::builder()
+        let mut builder = http_client(&peer.url)
+            .map_err(|error| FetchError::Request(error.to_string()))?
             .default_headers(headers)
-            .no_proxy()
             .http1_only()
             .tcp_nodelay(true)
             .redirect(reqwest::redirect::Policy::none())

@@ -14,9 +14,9 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use super::interfaces::broadcast_addresses;
 use super::mdns::{self, Mdns};
-use super::registry::Source;
+use super::record::Source;
 use super::udp::{self, Sockets};
-use super::wire::{MAX_GAINED, Message};
+use super::wire::{FEATURE_GAINED, MAX_GAINED, Message};
 use super::{Holdings, Options, Peers, saved};
 use crate::nix::StorePathHash;
 
@@ -67,7 +67,7 @@ impl Discovery {
         for (announce, address) in
             file.as_deref().filter(|_| options.enable).map(saved::load).unwrap_or_default()
         {
-            peers.announced(announce, (address.ip(), address.port()).into(), Source::Saved);
+            peers.announced(announce, address, Source::Saved);
         }
         let sockets = options.enable.then(|| Sockets::bind(options.port)).and_then(|bound| match bound {
             Ok(sockets) => Some(sockets),
@@ -207,8 +207,9 @@ async fn send_gains(peers: &Peers, sockets: &Sockets, hashes: &[StorePathHash]) 
     let known = peers.all();
     for part in parts {
         let datagram = Message::Gained(part.to_vec()).to_datagram();
-        // Each address once, however many claim to be there.
-        let addresses: HashSet<SocketAddr> = known.iter().filter_map(|peer| peer.udp).collect();
+        // Whoever does not speak of it would take it for noise. Each address once, however many claim to be there.
+        let listeners = known.iter().filter(|peer| peer.announce.has_feature(FEATURE_GAINED));
+        let addresses: HashSet<SocketAddr> = listeners.filter_map(|peer| peer.udp).collect();
         for address in addresses {
             sockets.send(&datagram, address).await;
             peers.metrics().datagrams_sent.inc();

@@ -1,8 +1,10 @@
-//! Where announcements go: the broadcast address of every IPv4 interface, and all nodes on every IPv6 link.
+//! The interfaces of this host. Where announcements go: the broadcast address of every IPv4 interface, and all nodes on
+//! every IPv6 link. And the names of interfaces, which stay when their numbers change.
 
 use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use if_addrs::IfAddr;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice};
 
 /// All nodes on the link (RFC 4291, section 2.7.1).
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
@@ -26,4 +28,19 @@ pub(super) fn broadcast_addresses(port: u16) -> Vec<SocketAddr> {
         }
     }
     addresses
+}
+
+/// The name of the interface with this number.
+pub(super) fn name_of(index: u32) -> Option<String> {
+    netdevice::index_to_name(any_socket()?, index).ok()
+}
+
+/// The number of the interface with this name.
+pub(super) fn index_of(name: &str) -> Option<u32> {
+    netdevice::name_to_index(any_socket()?, name).ok()
+}
+
+/// The kernel tells of interfaces through any socket.
+fn any_socket() -> Option<rustix::fd::OwnedFd> {
+    rustix::net::socket_with(AddressFamily::UNIX, SocketType::DGRAM, SocketFlags::CLOEXEC, None).ok()
 }

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use mdns_sd::{ServiceDaemon, ServiceEvent, ServiceInfo};
 
 use super::Peers;
-use super::registry::Source;
+use super::record::Source;
 use super::wire::{Announce, Message};
 
 const SERVICE: &str = "_peernix._tcp.local.";

@@ -3,13 +3,17 @@
 //! Found by announcement, by multicast DNS and by configuration; known by instance id; checked when silent; saved
 //! for the next start. Knows nothing of stores and trust: what a peer says is a claim, and is passed up as one.
 
+mod blame;
 mod client;
 mod discovery;
+mod flushes;
 mod interfaces;
 mod mdns;
 mod options;
+mod record;
 mod registry;
 mod saved;
+mod tls;
 mod udp;
 mod wire;
 
@@ -23,10 +27,13 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use tokio::sync::broadcast;
 
+pub use blame::{Failure, Standing};
 pub use client::{Arriving, Blame, FetchError, PEER_HEADER, PeerClient};
 pub use discovery::Discovery;
 pub use options::{ConfiguredPeer, Options};
-pub use registry::{Asking, Peer, PeerId, Registry, Sighting, Source};
+pub use record::{Asking, Peer, PeerId, Source};
+pub use registry::{Answered, Registry, Sighting};
+pub use tls::http_client;
 pub use wire::{Announce, Message};
 
 use crate::metrics::PeerMetrics;
@@ -185,7 +192,15 @@ impl Peers {
             Some((url, client)) if *url == peer.url => Ok(client.clone()),
             _ => {
                 let client = PeerClient::new(peer, self.own_id())?;
-                clients.insert(peer.id.clone(), (peer.url.clone(), client.clone()));
+                let registry = self.registry();
+                // Whoever was forgotten since the caller looked is not kept here for ever.
+                if registry.get(&peer.id).is_some() {
+                    // Some leave the table without a word: made room for, or started again as another.
+                    if clients.len() > registry.len() {
+                        clients.retain(|id, _| registry.get(id).is_some());
+                    }
+                    clients.insert(peer.id.clone(), (peer.url.clone(), client.clone()));
+                }
                 Ok(client)
             }
         }
@@ -201,7 +216,11 @@ impl Peers {
     /// It answered as it should.
     pub fn succeeded(&self, id: &PeerId, latency: Duration) {
         self.0.metrics.request("ok", latency.as_secs_f64());
-        if self.registry().succeeded(id, latency, Instant::now()) {
+        let answered = self.registry().succeeded(id, latency, Instant::now());
+        if answered.is_back {
+            tracing::info!(peer.url = self.url_of(id), "a peer answers again");
+        }
+        if answered.is_new {
             self.tell(News::Came);
         }
     }
@@ -222,7 +241,9 @@ impl Peers {
         self.0.metrics.request(outcome, after.as_secs_f64());
         if error.blame() != Blame::Us {
             let now = Instant::now();
-            self.registry().failed(id, now.checked_sub(after).unwrap_or(now), now);
+            let began = now.checked_sub(after).unwrap_or(now);
+            let pause = self.registry().failed(id, Failure::NoAnswer, began, now);
+            self.tell_pause(id, pause, error);
         }
         tracing::debug!(peer.id = %id, %error, "a peer gave no answer");
     }
@@ -231,8 +252,21 @@ impl Peers {
     pub fn lied(&self, id: &PeerId, lie: &str) {
         self.0.metrics.lies.inc();
         let now = Instant::now();
-        self.registry().failed(id, now, now);
+        let pause = self.registry().failed(id, Failure::Lie, now, now);
+        self.tell_pause(id, pause, &lie);
         tracing::warn!(peer.id = %id, lie, "a peer said what is not so");
+    }
+
+    /// Once, not for each failure in a row.
+    fn tell_pause(&self, id: &PeerId, pause: Option<Duration>, reason: &dyn std::fmt::Display) {
+        if let Some(pause) = pause {
+            let (url, pause_ms) = (self.url_of(id), pause.as_millis() as u64);
+            tracing::info!(peer.url = url, %reason, pause_ms, "a peer failed and is not asked for a while");
+        }
+    }
+
+    fn url_of(&self, id: &PeerId) -> String {
+        self.registry().get(id).map(|peer| peer.url.clone()).unwrap_or_default()
     }
 
     fn announced(&self, announce: Announce, from: std::net::SocketAddr, source: Source) -> Sighting {
@@ -266,10 +300,13 @@ impl Peers {
     }
 
     /// Strangers can't make us forget what is missed.
-    fn gained(&self, hashes: Vec<StorePathHash>, from: IpAddr) {
-        if self.registry().knows(from) {
-            self.tell(News::Gained(hashes));
-        }
+    fn knows(&self, from: IpAddr) -> bool {
+        self.registry().knows(from)
+    }
+
+    /// A peer has these paths now; none named means that they were too many.
+    fn gained(&self, hashes: Vec<StorePathHash>) {
+        self.tell(News::Gained(hashes));
     }
 
     /// That nobody listens is no failure.

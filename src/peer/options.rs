@@ -1,8 +1,10 @@
 //! `[discovery]` and `[[peer]]`: what can be set about finding peers.
 
+use std::collections::HashSet;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use reqwest::Url;
 use serde::Deserialize;
 
 /// `[discovery]`
@@ -32,7 +34,8 @@ pub struct Options {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConfiguredPeer {
-    /// A binary cache that serves uncompressed NARs: peernix, harmonia, nix-serve. `http://host:port/path`
+    /// A binary cache that serves uncompressed NARs: peernix, harmonia, nix-serve. `http://host:port/path`, or
+    /// `https://` with a certificate that this system's authorities vouch for.
     pub url: String,
 }
 
@@ -70,17 +73,103 @@ impl Options {
 }
 
 impl ConfiguredPeer {
-    /// What is wrong with it, as `key: why`.
-    pub fn check(&self) -> Result<(), String> {
-        if self.url.starts_with("https://") {
-            return Err(format!(
-                "peer.url: {:?}: only http:// so far; what comes is verified by its signature",
-                self.url
-            ));
+    /// What is wrong with one of them, as `key: value: what; what to do`.
+    pub fn check_all(peers: &[Self]) -> Result<(), String> {
+        let mut known = HashSet::new();
+        for peer in peers {
+            let wrong = |what| format!("peer.url: {:?}: {what}", peer.url);
+            let url = peer.parse().map_err(wrong)?;
+            if !known.insert(url.as_str().trim_end_matches('/').to_owned()) {
+                return Err(wrong("it is there twice; take one away".to_owned()));
+            }
         }
-        let host = self.url.strip_prefix("http://");
-        let good = host.is_some_and(|host| !host.is_empty() && !host.starts_with('/'))
-            && self.url.bytes().all(|byte| byte.is_ascii_graphic() && !matches!(byte, b'?' | b'#' | b'@'));
-        if good { Ok(()) } else { Err(format!("peer.url: {:?} is not http://host:port/path", self.url)) }
+        Ok(())
+    }
+
+    /// The URL, or what is wrong and what to do.
+    fn parse(&self) -> Result<Url, String> {
+        const FORM: &str = "write http://host:port/path";
+        // The parser makes something of nearly everything; what it would mend is not taken.
+        let rest = self.url.strip_prefix("http://").or_else(|| self.url.strip_prefix("https://"));
+        let Some(rest) = rest else { return Err(format!("it has neither http:// nor https://; {FORM}")) };
+        if rest.is_empty() || rest.starts_with(['/', ':', '?', '#']) {
+            return Err(format!("it names no host; {FORM}"));
+        }
+        if rest.bytes().any(|byte| !byte.is_ascii_graphic() || byte == b'\\') {
+            return Err(format!("it has a character that no URL has; {FORM}"));
+        }
+        let url = Url::parse(&self.url).map_err(|error| format!("{error}; {FORM}"))?;
+        if url.port() == Some(0) {
+            return Err("nobody can be reached at port 0; name the port that the cache listens on".to_owned());
+        }
+        if !url.username().is_empty() || url.password().is_some() || rest.contains('@') {
+            return Err(
+                "a user and a password are sent to no cache; leave out what is before the @".to_owned()
+            );
+        }
+        if url.query().is_some() || url.fragment().is_some() {
+            return Err("paths are put behind it; leave out everything from ? or # on".to_owned());
+        }
+        Ok(url)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(urls: &[&str]) -> Result<(), String> {
+        let peers = urls.iter().map(|url| ConfiguredPeer { url: (*url).to_owned() });
+        ConfiguredPeer::check_all(&peers.collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn urls_of_caches_are_taken() {
+        for url in [
+            "http://cache",
+            "http://cache:5000",
+            "https://cache.example.org/nix-cache/",
+            "http://[fd00::1]:9999/nix-cache",
+            "http://10.0.0.1:1",
+        ] {
+            assert_eq!(check(&[url]), Ok(()), "{url}");
+        }
+        assert_eq!(check(&["http://a", "https://a", "http://a:81", "http://a/b"]), Ok(()));
+    }
+
+    #[test]
+    fn what_is_none_is_told_in_one_line_that_says_what_to_do() {
+        for (url, what) in [
+            ("", "neither"),
+            ("cache:5000", "neither"),
+            ("ftp://cache", "neither"),
+            ("http://", "no host"),
+            ("http:///path", "no host"),
+            ("http://:80", "no host"),
+            ("http://a b", "character"),
+            ("http://a\\b", "character"),
+            ("http://a\nb", "character"),
+            ("http://cache:0", "port 0"),
+            ("http://cache:99999", "invalid port"),
+            ("http://cache:x", "invalid port"),
+            ("http://300.1.1.1", "invalid IPv4"),
+            ("http://[::g]", "invalid IPv6"),
+            ("http://me@cache", "before the @"),
+            ("http://me:secret@cache", "before the @"),
+            ("http://@cache", "before the @"),
+            ("http://cache?x", "from ? or #"),
+            ("http://cache/#", "from ? or #"),
+        ] {
+            let told = check(&[url]).unwrap_err();
+            assert!(
+                told.starts_with(&format!("peer.url: {url:?}: ")) && told.contains(what),
+                "{url}: {told}"
+            );
+            assert!(told.contains("; ") && !told.contains('\n'), "{told}");
+        }
+        for twice in ["http://a/x/", "http://A:80/x"] {
+            let told = check(&["http://a/x", twice]).unwrap_err();
+            assert!(told.contains(&format!("{twice:?}: it is there twice")), "{told}");
+        }
     }
 }

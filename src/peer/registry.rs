@@ -1,111 +1,21 @@
 //! Who is there, and how good: a table without I/O, into which sightings and outcomes are told with the time.
 //!
 //! A peer is known by its instance id, whatever address it is seen at; a host that has none (peernix in Go, a cache
-//! that was configured) by where it serves. Wrong and slow peers cost themselves: each failure in a row doubles
-//! the time for which they are not asked.
+//! that was configured) by where it serves. What its failures cost it is in `peer::blame`; it goes with the peer, to
+//! whatever address.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
+use super::blame::{Failure, Standing};
+use super::record::{Asking, Peer, PeerId, Source};
 use super::wire::Announce;
 
-/// The first pause after a failure; it doubles with each one in a row.
-const FIRST_PAUSE: Duration = Duration::from_millis(500);
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Peers at one address: more are somebody who makes them up.
 const MAX_AT_ADDRESS: usize = 16;
 /// How much a new measurement counts in a moving average.
 const WEIGHT: f64 = 0.2;
-
-/// Who a peer is, apart from where it is.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct PeerId(String);
-
-impl PeerId {
-    /// The peer with this instance id.
-    #[must_use]
-    pub fn instance(id: &str) -> Self {
-        Self(id.to_owned())
-    }
-
-    /// The host that is known by where it serves alone.
-    #[must_use]
-    pub fn place(place: impl fmt::Display) -> Self {
-        Self(place.to_string())
-    }
-}
-
-impl fmt::Display for PeerId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// How a peer was found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Source {
-    /// By its announcement.
-    Announced,
-    /// By multicast DNS.
-    Mdns,
-    /// By the configuration: it is never removed.
-    Configured,
-    /// From the file of peers that were known before the last restart.
-    Saved,
-}
-
-/// How a peer is asked whether it has a path.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asking {
-    /// By a request for the narinfo; it answers from its own store alone.
-    Http,
-    /// By a datagram first: peernix in Go would ask the whole LAN itself if it were asked by HTTP.
-    Datagram(SocketAddr),
-}
-
-/// What is known of a peer.
-#[derive(Clone, Debug)]
-pub struct Peer {
-    /// Who.
-    pub id: PeerId,
-    /// Its binary cache, without a slash at the end.
-    pub url: String,
-    /// Where that is, unless only the configuration's URL is known.
-    pub address: Option<SocketAddr>,
-    /// Where its datagrams come from, if any did.
-    pub udp: Option<SocketAddr>,
-    /// How it is asked.
-    pub asking: Asking,
-    /// How it was found.
-    pub source: Source,
-    /// What it said of itself last.
-    pub announce: Announce,
-    /// When it was seen first and last.
-    pub first_seen: Instant,
-    /// When it answered or announced itself last.
-    pub last_seen: Instant,
-    /// Failures in a row, and ever.
-    pub failures_in_a_row: u32,
-    /// Failures since it is known.
-    pub failures: u64,
-    /// Good answers since it is known.
-    pub successes: u64,
-    /// Moving average of the time to an answer.
-    pub latency: Option<Duration>,
-    /// Moving average of what it delivers, in bytes a second.
-    pub bytes_per_second: Option<f64>,
-    /// Requests to it that are under way.
-    pub in_flight: u32,
-    /// Not asked before then.
-    paused_until: Option<Instant>,
-    /// When its announcement was answered last.
-    greeted: Option<Instant>,
-    /// When a failure was counted last.
-    failed_last: Option<Instant>,
-}
 
 /// What a sighting came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -116,8 +26,17 @@ pub enum Sighting {
     Known,
     /// Our own announcement.
     Ourselves,
-    /// As many as [`Registry::new`] allows are known already.
+    /// As many as [`Registry::new`] allows are known already, and all of them have answered once.
     Full,
+}
+
+/// What an answer of a peer came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Answered {
+    /// It was left out of what everybody was asked, and is asked from now on: it may have what was missed.
+    pub is_new: bool,
+    /// It had failed before.
+    pub is_back: bool,
 }
 
 /// Where and how a new peer is reached.
@@ -170,19 +89,15 @@ impl Registry {
         let udp = (source == Source::Announced).then_some(from);
         if let Some(peer) = self.peers.get_mut(&id) {
             // Whoever claims a known id from elsewhere is believed when the place that is known has failed.
-            if peer.url == url || peer.failures_in_a_row > 0 || peer.source == Source::Saved {
-                if peer.url != url {
-                    peer.paused_until = None;
-                    peer.failures_in_a_row = 0;
-                }
+            if peer.url == url || peer.standing.is_doubtful(now) || peer.source == Source::Saved {
+                // What it did before stays with it: moving must not be a way out of a pause.
                 peer.url = url;
                 peer.address = Some(serves);
                 peer.udp = udp.or(peer.udp);
                 peer.asking = asking;
                 peer.announce = announce;
-                peer.last_seen = now;
-                // It is there, whatever failed: it is tried again soon.
-                peer.paused_until = peer.paused_until.map(|until| until.min(now + 4 * FIRST_PAUSE));
+                peer.last_seen = Some(now);
+                peer.standing.seen(now);
                 peer.source = if peer.source == Source::Saved { source } else { peer.source };
             }
             return Sighting::Known;
@@ -202,15 +117,21 @@ impl Registry {
         if self.peers.contains_key(&id) {
             return Sighting::Known;
         }
-        // A host that was started again has another id; the one before is nobody any more.
-        self.peers.retain(|_, peer| peer.url != place.url || peer.source == Source::Configured);
-        let at_address = |ip: IpAddr| self.peers.values().filter(|peer| peer.is_at(ip)).count();
-        if place.address.is_some_and(|address| at_address(address.ip()) >= MAX_AT_ADDRESS) {
+        // A host that was started again has another id; the one before is nobody any more. What it did stays: a new id
+        // costs nothing to make up.
+        let mut standing = Standing::default();
+        self.peers.retain(|_, peer| {
+            let is_before = peer.url == place.url && peer.source != Source::Configured;
+            if is_before {
+                standing = std::mem::take(&mut peer.standing);
+                standing.seen(now);
+            }
+            !is_before
+        });
+        if !self.make_room(&place) {
             return Sighting::Full;
         }
-        if self.peers.len() >= self.max_peers && place.source != Source::Configured {
-            return Sighting::Full;
-        }
+        let is_hearsay = matches!(place.source, Source::Configured | Source::Saved);
         let peer = Peer {
             id: id.clone(),
             url: place.url,
@@ -220,19 +141,41 @@ impl Registry {
             source: place.source,
             announce,
             first_seen: now,
-            last_seen: now,
-            failures_in_a_row: 0,
-            failures: 0,
-            successes: 0,
+            last_seen: (!is_hearsay).then_some(now),
+            standing,
             latency: None,
             bytes_per_second: None,
             in_flight: 0,
-            paused_until: None,
             greeted: None,
-            failed_last: None,
         };
         self.peers.insert(id, peer);
         Sighting::New
+    }
+
+    /// Makes room for one more, at the cost of whoever never answered: the longest silent of those first. False: all
+    /// have proven to be there.
+    fn make_room(&mut self, place: &Place) -> bool {
+        let ip = place.address.map(|address| address.ip());
+        let at_address = ip.map_or(0, |ip| self.peers.values().filter(|peer| peer.is_at(ip)).count());
+        if at_address >= MAX_AT_ADDRESS {
+            return self.evict(place.source, |peer| ip.is_some_and(|ip| peer.is_at(ip)));
+        }
+        if self.peers.len() >= self.max_peers && place.source != Source::Configured {
+            return self.evict(place.source, |_| true);
+        }
+        true
+    }
+
+    fn evict(&mut self, newcomer: Source, among: impl Fn(&Peer) -> bool) -> bool {
+        // A file of old times says too little for anybody to have to go.
+        if newcomer == Source::Saved {
+            return false;
+        }
+        let may_go =
+            |peer: &&Peer| peer.standing.successes == 0 && peer.source != Source::Configured && among(peer);
+        let silent = self.peers.values().filter(may_go).min_by_key(|peer| peer.last_seen);
+        let Some(id) = silent.map(|peer| peer.id.clone()) else { return false };
+        self.peers.remove(&id).is_some()
     }
 
     /// Whether an announcement of this peer is to be answered. Not if one was a moment ago: two hosts that each answer
@@ -260,10 +203,11 @@ impl Registry {
         self.peers.values().any(|peer| peer.is_at(address))
     }
 
-    /// Whether somebody is not asked for now who may have anything: after failures, or before its first check.
+    /// Whether somebody is not asked for now who may have anything: after failures, or before its first check. Who never
+    /// once answered does not count, or made-up peers could keep misses from being remembered.
     #[must_use]
     pub fn leaves_out_somebody(&self, now: Instant) -> bool {
-        self.peers.values().any(|peer| !peer.may_be_asked(now))
+        self.peers.values().any(|peer| !peer.may_be_asked(now) && !peer.standing.never_answered())
     }
 
     /// The peers that may be asked now, the best first.
@@ -315,64 +259,52 @@ impl Registry {
         }
     }
 
-    /// It answered as it should, after this time. True: that was the first check of a saved one.
-    pub fn succeeded(&mut self, id: &PeerId, latency: Duration, now: Instant) -> bool {
-        let mut was_saved = false;
-        if let Some(peer) = self.peers.get_mut(id) {
-            peer.successes += 1;
-            if peer.source == Source::Saved {
-                peer.source = Source::Announced;
-                was_saved = true;
-            }
-            peer.failures_in_a_row = 0;
-            peer.paused_until = None;
-            peer.last_seen = now;
-            let before = peer.latency.unwrap_or(latency);
-            peer.latency = Some(before.mul_f64(1.0 - WEIGHT) + latency.mul_f64(WEIGHT));
+    /// It answered as it should, after this time.
+    pub fn succeeded(&mut self, id: &PeerId, latency: Duration, now: Instant) -> Answered {
+        let Some(peer) = self.peers.get_mut(id) else { return Answered::default() };
+        let was_left_out = peer.source == Source::Saved || peer.standing.never_answered();
+        if peer.source == Source::Saved {
+            peer.source = Source::Announced;
         }
-        was_saved
+        peer.last_seen = Some(now);
+        let before = peer.latency.unwrap_or(latency);
+        peer.latency = Some(before.mul_f64(1.0 - WEIGHT) + latency.mul_f64(WEIGHT));
+        Answered { is_new: was_left_out, is_back: peer.standing.answered() }
     }
 
-    /// It delivered so many bytes in this time.
+    /// It delivered so many bytes in this time, and they have proven right.
     pub fn delivered(&mut self, id: &PeerId, bytes: u64, took: Duration) {
         if let Some(peer) = self.peers.get_mut(id) {
             let measured = bytes as f64 / took.as_secs_f64().max(1e-6);
             let before = peer.bytes_per_second.unwrap_or(measured);
             peer.bytes_per_second = Some(before * (1.0 - WEIGHT) + measured * WEIGHT);
+            peer.standing.proved_right();
         }
     }
 
-    /// A request to it that began then failed, or proved it a liar: it is not asked for a while. Requests that were under way
-    /// together fail together, and count as one.
-    pub fn failed(&mut self, id: &PeerId, began: Instant, now: Instant) {
-        if let Some(peer) = self.peers.get_mut(id) {
-            peer.failures += 1;
-            if peer.failed_last.replace(now).is_some_and(|last| began < last) {
-                return;
-            }
-            peer.failures_in_a_row = peer.failures_in_a_row.saturating_add(1);
-            let doublings = (peer.failures_in_a_row - 1).min(16);
-            let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
-            peer.paused_until = Some(now + pause);
-        }
+    /// A request to it that began then failed: it is not asked for a while. Gives that while if it was doing well before.
+    pub fn failed(
+        &mut self,
+        id: &PeerId,
+        failure: Failure,
+        began: Instant,
+        now: Instant,
+    ) -> Option<Duration> {
+        self.peers.get_mut(id)?.standing.failed(failure, began, now)
     }
 
     /// Peers that were silent for at least `silence`, or are only known from before the last restart, and are not paused:
     /// a health check is due.
     #[must_use]
     pub fn silent(&self, silence: Duration, now: Instant) -> Vec<Peer> {
-        let is_silent = |peer: &&Peer| {
-            peer.source == Source::Saved || now.saturating_duration_since(peer.last_seen) >= silence
-        };
+        let is_silent = |peer: &&Peer| peer.source == Source::Saved || peer.silence(now) >= silence;
         self.peers.values().filter(is_silent).filter(|peer| !peer.is_paused(now)).cloned().collect()
     }
 
     /// Forgets whoever was silent for the TTL, and says who. Configured ones stay.
     pub fn expire(&mut self, now: Instant) -> Vec<PeerId> {
         let ttl = self.ttl;
-        let gone = |peer: &Peer| {
-            peer.source != Source::Configured && now.saturating_duration_since(peer.last_seen) >= ttl
-        };
+        let gone = |peer: &Peer| peer.source != Source::Configured && peer.silence(now) >= ttl;
         let ids: Vec<PeerId> =
             self.peers.values().filter(|peer| gone(peer)).map(|peer| peer.id.clone()).collect();
         self.peers.retain(|_, peer| !gone(peer));
@@ -380,27 +312,9 @@ impl Registry {
     }
 }
 
-impl Peer {
-    fn is_at(&self, address: IpAddr) -> bool {
-        let address = address.to_canonical();
-        self.address.iter().chain(&self.udp).any(|known| known.ip().to_canonical() == address)
-    }
-
-    /// Whether it is asked for paths: not paused, and not only known from before the last restart.
-    #[must_use]
-    pub fn may_be_asked(&self, now: Instant) -> bool {
-        !self.is_paused(now) && self.source != Source::Saved
-    }
-
-    /// Whether it failed so lately that it is not asked.
-    #[must_use]
-    pub fn is_paused(&self, now: Instant) -> bool {
-        self.paused_until.is_some_and(|until| now < until)
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::blame::{LONGEST_PAUSE, PAUSE_WHEN_SEEN};
     use super::*;
 
     const TTL: Duration = Duration::from_secs(60);
@@ -458,32 +372,81 @@ mod tests {
         seen(&mut registry, Some("a"), 1, "10.0.0.1:9999", now);
         seen(&mut registry, Some("a"), 1, "10.6.6.6:9999", now);
         assert_eq!(registry.get(&id).unwrap().url, "http://10.0.0.1:1/nix-cache");
-        registry.failed(&id, now, now);
-        assert!(registry.candidates(now).is_empty());
-        seen(&mut registry, Some("a"), 1, "10.0.7.1:9999", now);
+        let mut at = now;
+        for _ in 0..8 {
+            at += LONGEST_PAUSE;
+            registry.failed(&id, Failure::NoAnswer, at, at);
+        }
+        assert!(registry.candidates(at).is_empty());
+        seen(&mut registry, Some("a"), 1, "10.0.7.1:9999", at);
         assert_eq!(registry.get(&id).unwrap().url, "http://10.0.7.1:1/nix-cache");
-        assert_eq!(registry.candidates(now).len(), 1);
+        assert_eq!(registry.get(&id).unwrap().standing.failures_in_a_row, 8);
+        assert_eq!(registry.candidates(at + PAUSE_WHEN_SEEN).len(), 1);
     }
 
     #[test]
-    fn failures_pause_longer_and_longer_and_a_success_ends_that() {
+    fn neither_another_address_nor_another_id_ends_the_pause_of_a_liar() {
         let (mut registry, mut now) = (Registry::new("me".to_owned(), TTL, 10), Instant::now());
-        let id = PeerId::instance("a");
-        seen(&mut registry, Some("a"), 1, "10.0.0.1:9999", now);
-        let mut pauses = Vec::new();
-        for _ in 0..12 {
-            registry.failed(&id, now, now);
+        let (mut pauses, mut id) = (Vec::new(), "0".to_owned());
+        seen(&mut registry, Some(&id), 1, "10.0.0.1:9999", now);
+        for round in 1..=8_u16 {
+            let known = registry.all()[0].id.clone();
+            registry.succeeded(&known, Duration::ZERO, now);
+            registry.failed(&known, Failure::Lie, now, now);
             let began = now;
-            while registry.get(&id).unwrap().is_paused(now) {
+            // The same id at another port, and another id at the same port, in turn.
+            if round % 2 == 0 {
+                id = round.to_string();
+            }
+            let port = 1 + round.div_ceil(2);
+            assert_eq!(registry.candidates(now).len(), 0);
+            seen(&mut registry, Some(&id), port, "10.0.0.1:9999", now);
+            assert_eq!(registry.len(), 1, "{:?}", registry.all());
+            while registry.candidates(now).is_empty() {
                 now += Duration::from_millis(100);
+                seen(&mut registry, Some(&id), port, "10.0.0.1:9999", now);
             }
             pauses.push(now - began);
         }
-        assert!(pauses.windows(2).all(|two| two[0] <= two[1]), "{pauses:?}");
-        assert_eq!((pauses[0], *pauses.last().unwrap()), (FIRST_PAUSE, LONGEST_PAUSE));
-        registry.failed(&id, now, now);
-        registry.succeeded(&id, Duration::from_millis(2), now);
-        assert_eq!(registry.candidates(now).len(), 1);
+        assert!(pauses.windows(2).all(|two| two[0] < two[1] || two[1] == LONGEST_PAUSE), "{pauses:?}");
+        assert_eq!(pauses.last(), Some(&LONGEST_PAUSE));
+    }
+
+    #[test]
+    fn who_never_answered_makes_room_and_who_did_stays() {
+        let (mut registry, now) = (Registry::new("me".to_owned(), TTL, 3), Instant::now());
+        registry.configured("http://cache:5000", now);
+        let second = Duration::from_secs(1);
+        seen(&mut registry, Some("a"), 1, "10.0.0.1:9999", now);
+        seen(&mut registry, Some("b"), 1, "10.0.0.2:9999", now + second);
+        // The longest silent goes first, and the configured never.
+        assert_eq!(seen(&mut registry, Some("c"), 1, "10.0.0.3:9999", now + second), Sighting::New);
+        assert!(registry.get(&PeerId::instance("a")).is_none());
+        let saved = registry.announced(announce(Some("d"), 1), at("10.0.0.4:1"), Source::Saved, now + second);
+        assert_eq!(saved, Sighting::Full, "a file's word against somebody's own");
+        for id in ["b", "c"] {
+            registry.succeeded(&PeerId::instance(id), Duration::ZERO, now + second);
+        }
+        assert_eq!(seen(&mut registry, Some("d"), 1, "10.0.0.4:9999", now + 2 * second), Sighting::Full);
+        assert_eq!(registry.len(), 3);
+    }
+
+    #[test]
+    fn only_who_answered_once_or_was_not_tried_yet_holds_up_a_miss() {
+        let (mut registry, now) = (Registry::new("me".to_owned(), TTL, 10), Instant::now());
+        let id = PeerId::instance("a");
+        registry.announced(announce(Some("a"), 1), at("10.0.0.1:1"), Source::Saved, now);
+        assert!(registry.get(&id).unwrap().last_seen.is_none());
+        assert!(registry.leaves_out_somebody(now), "not checked yet");
+        assert!(registry.failed(&id, Failure::NoAnswer, now, now).is_some());
+        assert!(!registry.leaves_out_somebody(now), "checked in vain");
+        seen(&mut registry, Some("a"), 1, "10.0.0.1:9999", now);
+        assert!(!registry.leaves_out_somebody(now), "announced, and still never heard");
+        let answered = registry.succeeded(&id, Duration::ZERO, now);
+        assert_eq!(answered, Answered { is_new: true, is_back: true });
+        assert_eq!(registry.succeeded(&id, Duration::ZERO, now), Answered::default());
+        registry.failed(&id, Failure::NoAnswer, now, now);
+        assert!(registry.leaves_out_somebody(now), "it may come back");
     }
 
     #[test]
@@ -507,13 +470,12 @@ mod tests {
     fn the_table_is_bounded_and_the_less_busy_are_asked_first() {
         let (mut registry, now) = (Registry::new("me".to_owned(), TTL, 2), Instant::now());
         for (id, port, sighting) in
-            [("a", 1, Sighting::New), ("b", 2, Sighting::New), ("c", 3, Sighting::Full)]
+            [("a", 1, Sighting::New), ("b", 9, Sighting::New), ("c", 3, Sighting::Full)]
         {
             assert_eq!(seen(&mut registry, Some(id), port, "10.0.0.1:9999", now), sighting);
+            registry.succeeded(&PeerId::instance(id), Duration::from_millis(port.into()), now);
         }
         let (a, b) = (PeerId::instance("a"), PeerId::instance("b"));
-        registry.succeeded(&a, Duration::from_millis(1), now);
-        registry.succeeded(&b, Duration::from_millis(9), now);
         assert_eq!(registry.candidates(now)[0].id, a);
         registry.began(&a);
         assert_eq!(registry.candidates(now)[0].id, b);

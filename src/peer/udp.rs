@@ -11,7 +11,9 @@ use tokio::net::UdpSocket;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::registry::{PeerId, Sighting, Source};
+use super::flushes::Flushes;
+use super::record::{PeerId, Source};
+use super::registry::Sighting;
 use super::wire::{MAX_DATAGRAM, Message};
 use super::{Holdings, Peers};
 
@@ -95,6 +97,7 @@ pub(super) async fn receive(peers: Peers, sockets: Sockets, holdings: Holdings, 
             holdings: holdings.clone(),
             answering: Arc::clone(&answering),
             allow: Arc::clone(&allow),
+            flushes: Flushes::default(),
         };
         reception.run(Arc::clone(socket))
     });
@@ -107,13 +110,22 @@ struct Reception {
     holdings: Holdings,
     answering: Arc<Semaphore>,
     allow: Arc<[IpNet]>,
+    flushes: Flushes,
 }
 
 impl Reception {
-    async fn run(self, socket: Arc<UdpSocket>) {
+    async fn run(mut self, socket: Arc<UdpSocket>) {
         let mut buffer = [0; MAX_DATAGRAM + 1];
         loop {
-            match socket.recv_from(&mut buffer).await {
+            let received = match self.flushes.next() {
+                Some(due) => tokio::time::timeout_at(due.into(), socket.recv_from(&mut buffer)).await.ok(),
+                None => Some(socket.recv_from(&mut buffer).await),
+            };
+            if self.flushes.take_due(Instant::now()) {
+                self.peers.gained(Vec::new());
+            }
+            let Some(received) = received else { continue };
+            match received {
                 Ok((len, from)) => {
                     let message = buffer.get(..len).and_then(Message::parse);
                     self.peers.metrics().datagram_received(message.is_some());
@@ -135,7 +147,7 @@ impl Reception {
         self.allow.iter().any(|network| network.contains(&address))
     }
 
-    async fn take(&self, message: Message, from: SocketAddr) {
+    async fn take(&mut self, message: Message, from: SocketAddr) {
         match message {
             Message::Announce(announce) => {
                 let (is_reply, id) = (announce.reply, announce.id.clone());
@@ -152,7 +164,12 @@ impl Reception {
                 }
             }
             Message::Goodbye(id) => self.peers.goodbye(&id, from.ip()),
-            Message::Gained(hashes) => self.peers.gained(hashes, from.ip()),
+            Message::Gained(_) if !self.peers.knows(from.ip()) => {}
+            Message::Gained(hashes) => {
+                if !hashes.is_empty() || self.flushes.ask(from.ip().to_canonical(), Instant::now()) {
+                    self.peers.gained(hashes);
+                }
+            }
             Message::HasPath(hash) => self.answer(from, hash, None),
             Message::HasPathWithNarHash(hash, nar_hash) => self.answer(from, hash, Some(nar_hash)),
             Message::Ping => self.sockets.send(&Message::Pong.to_datagram(), from).await,

@@ -10,6 +10,8 @@ use crate::nix::{NarHash, StorePathHash};
 pub(super) const MAX_DATAGRAM: usize = 4096;
 /// How many paths one datagram can name as gained.
 pub(super) const MAX_GAINED: usize = 100;
+/// The feature of a host that understands [`Message::Gained`].
+pub(super) const FEATURE_GAINED: &str = "gained";
 /// The longest text in an announcement that is kept, in bytes.
 const MAX_TEXT: usize = 256;
 /// The most features that are kept.
@@ -133,6 +135,11 @@ impl Message {
 }
 
 impl Announce {
+    /// Whether the host says that it can do this.
+    pub(super) fn has_feature(&self, feature: &str) -> bool {
+        self.features.iter().any(|known| known == feature)
+    }
+
     /// Cuts what a stranger wrote to its bounds. `None`: without a port, or with an id that is none.
     fn cut(mut self) -> Option<Self> {
         if self.port == 0 || self.id.as_deref().is_some_and(|id| !is_id(id)) {

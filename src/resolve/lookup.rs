@@ -1,7 +1,7 @@
 //! Finding a narinfo on the LAN: all candidates at once, the first good answer, one budget for all of it.
 //!
 //! One flight a hash, owned by the daemon and not by the request that began it: whoever asks meanwhile waits for the same
-//! answer. A miss is remembered only if every peer that may be asked said "not here".
+//! answer, unless news came since it began: its questions may be older than they. A miss is remembered only if every peer that may be asked said "not here".
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -63,12 +63,25 @@ impl Sought {
 struct Landing {
     lookup: Lookup,
     sought: Sought,
+    question: Arc<Question>,
 }
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        self.lookup.0.flights.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.sought);
+        let mut flights = self.lookup.0.flights.lock().unwrap_or_else(PoisonError::into_inner);
+        // News may have let a younger one begin in its place.
+        if flights.get(&self.sought).is_some_and(|flight| Arc::ptr_eq(&flight.question, &self.question)) {
+            flights.remove(&self.sought);
+        }
     }
+}
+
+/// A lookup that is under way.
+#[derive(Debug)]
+struct Flight {
+    /// Open since before the first peer was asked.
+    question: Arc<Question>,
+    outcome: watch::Receiver<Option<Outcome>>,
 }
 
 /// How a lookup ended.
@@ -88,7 +101,7 @@ pub(super) struct Lookup(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     parts: Parts,
-    flights: Mutex<HashMap<Sought, watch::Receiver<Option<Outcome>>>>,
+    flights: Mutex<HashMap<Sought, Flight>>,
 }
 
 /// What a lookup is made of.
@@ -139,17 +152,19 @@ impl Lookup {
 
     fn join_or_begin(&self, sought: Sought) -> watch::Receiver<Option<Outcome>> {
         let mut flights = self.0.flights.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(flight) = flights.get(&sought) {
+        if let Some(flight) = flights.get(&sought).filter(|flight| flight.question.is_fresh()) {
             self.0.parts.metrics.joined.inc();
-            return flight.clone();
+            return flight.outcome.clone();
         }
         let (sender, receiver) = watch::channel(None);
-        flights.insert(sought.clone(), receiver.clone());
-        let landing = Landing { lookup: self.clone(), sought };
+        let question = Arc::new(self.0.parts.misses.ask(sought.hash));
+        let flight = Flight { question: Arc::clone(&question), outcome: receiver.clone() };
+        flights.insert(sought.clone(), flight);
+        let landing = Landing { lookup: self.clone(), sought, question };
         tokio::spawn(async move {
             let began = Instant::now();
             let lookup = landing.lookup.clone();
-            let outcome = lookup.fly(&landing.sought).await;
+            let outcome = lookup.fly(&landing.sought, &landing.question).await;
             lookup.0.parts.metrics.outcome(outcome.name(), began.elapsed().as_secs_f64());
             // Off the list first: whoever comes now begins anew and finds what was remembered.
             drop(landing);
@@ -158,9 +173,8 @@ impl Lookup {
         receiver
     }
 
-    async fn fly(&self, sought: &Sought) -> Outcome {
+    async fn fly(&self, sought: &Sought, question: &Question) -> Outcome {
         let hash = sought.hash;
-        let question: Question = self.0.parts.misses.ask(hash);
         let deadline = tokio::time::Instant::now() + self.0.parts.budget;
         let (candidates, somebody_is_left_out) = self.0.parts.peers.candidates();
         let candidates = candidates.into_iter().filter(|peer| !sought.without.contains(&peer.id));
@@ -196,15 +210,16 @@ impl Lookup {
             let left = deadline.saturating_duration_since(began);
             match client.narinfo(&hash, left).await {
                 Ok(text) => {
-                    self.0.parts.peers.succeeded(&peer.id, began.elapsed());
-                    let Some(text) = text else { return (peer, Said::NotHere) };
-                    return match NarInfo::parse(&text, &self.0.parts.store_dir) {
-                        Ok(narinfo) => (peer, Said::Here(Box::new(narinfo))),
-                        Err(error) => {
-                            self.0.parts.peers.lied(&peer.id, &format!("a narinfo that is none: {error}"));
-                            (peer, Said::Nothing)
+                    let took = began.elapsed();
+                    let said = match text.map(|text| self.read(&text, &hash)).transpose() {
+                        Ok(narinfo) => narinfo.map_or(Said::NotHere, |narinfo| Said::Here(Box::new(narinfo))),
+                        Err(lie) => {
+                            self.0.parts.peers.lied(&peer.id, &lie);
+                            return (peer, Said::Nothing);
                         }
                     };
+                    self.0.parts.peers.succeeded(&peer.id, took);
+                    return (peer, said);
                 }
                 Err(error) => {
                     let pause = pauses.next().filter(|_| error.blame() == Blame::Network);
@@ -220,15 +235,18 @@ impl Lookup {
         }
     }
 
-    /// Checks what a peer said. A liar is blamed.
+    /// Reads what a peer gave as the narinfo of a path; or what is wrong with it on its face.
+    fn read(&self, text: &[u8], hash: &StorePathHash) -> Result<NarInfo, String> {
+        let narinfo = NarInfo::parse(text, &self.0.parts.store_dir)
+            .map_err(|error| format!("a narinfo that is none: {error}"))?;
+        if narinfo.info.hash() == *hash { Ok(narinfo) } else { Err("the narinfo of another path".to_owned()) }
+    }
+
+    /// Checks what a peer said.
     fn believe(&self, peer: &Peer, sought: &Sought, narinfo: NarInfo) -> Option<Found> {
         let hash = &sought.hash;
         if sought.nar_hash.is_some_and(|wanted| wanted != narinfo.info.nar_hash) {
             // Built there with another outcome: no lie, and not what is looked for.
-            return None;
-        }
-        if narinfo.info.hash() != *hash {
-            self.0.parts.peers.lied(&peer.id, "the narinfo of another path");
             return None;
         }
         if narinfo.file.compression != Compression::None {

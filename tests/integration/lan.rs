@@ -229,3 +229,23 @@ fn three_hosts_that_all_lack_a_path_ask_each_other_once() {
     assert_eq!(answer.stdout, b"404");
     assert_eq!(hosts.each_ref().map(requests), [1.0, 2.0, 1.0]);
 }
+
+#[test]
+fn a_peer_that_is_known_by_a_link_local_address_is_found_again_after_a_restart() {
+    let lan = Lan::new();
+    let (one, two) = (lan.host(1, ""), lan.host(2, ""));
+    for host in [&one, &two] {
+        succeed(host.command("ip").args(["-4", "address", "flush", "dev", "eth0"]));
+    }
+    let _first = daemon(&one, SELDOM);
+    let state = "[state]\ndirectory = \"/nix/home/state\"";
+    let mut second = daemon(&two, &format!("{SELDOM}\n{state}"));
+    knows(&two, 1);
+    assert!(ask(&two, "api/v1/peers").1.contains("fe80::"));
+    signal(&two, "-TERM");
+    assert!(second.wait().success());
+    // From a port that the system chooses it can't broadcast: it knows whom it knew.
+    let _again = daemon(&two, &format!("{SELDOM}\nport = 0\n{state}"));
+    let checked = "peernix_peer_requests_total{outcome=\"ok\"}";
+    eventually("the saved peer is checked", || (metric(&two, checked) >= 1.0).then_some(()));
+}

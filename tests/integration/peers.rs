@@ -1,7 +1,9 @@
 //! Peers that are honest, that lie, that stall, and that speak as peernix in Go does. On loopback: the scripted ones are
 //! named by the configuration, or find the daemon by datagram.
 
-use std::net::UdpSocket;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
@@ -370,4 +372,223 @@ fn garbage_and_forged_datagrams_change_nothing() {
     assert_eq!(daemon.metric("peernix_peers"), 0.0);
     assert_eq!(get(&daemon.url("health")).status, 200);
     assert!(!daemon.log().join("\n").contains("panicked"));
+}
+
+/// A daemon that found a scripted peer by its announcement, and the socket that the peer announces itself from.
+struct Announced {
+    daemon: Daemon,
+    /// Where the daemon takes datagrams.
+    to: SocketAddr,
+    socket: UdpSocket,
+    _store: Store,
+}
+
+const ITS_ID: &str = "0123456789abcdef";
+
+impl Announced {
+    fn start(peer: &Scripted, settings: &str) -> Self {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let store = Store::new();
+        let target = socket.local_addr().unwrap();
+        let discovery = format!("[discovery]\nport = 0\nmdns = false\ntargets = [\"{target}\"]\n");
+        let daemon = Daemon::serve(store.root(), &format!("{discovery}{settings}"));
+        let (_, to) = socket.recv_from(&mut [0; 4096]).unwrap();
+        let announced = Self { daemon, to, socket, _store: store };
+        announced.say(&announced.socket, &announcement(peer.address.port()));
+        eventually("it is known", || (announced.daemon.metric("peernix_peers") == 1.0).then_some(()));
+        announced
+    }
+
+    /// Sends a datagram and waits until it was taken: they are taken in their order.
+    fn say(&self, from: &UdpSocket, datagram: &serde_json::Value) {
+        let mut buffer = [0; 4096];
+        from.send_to(datagram.to_string().as_bytes(), self.to).unwrap();
+        from.send_to(b"ping", self.to).unwrap();
+        while from.recv_from(&mut buffer).map(|(len, _)| &buffer[..len] != b"pong").unwrap() {}
+    }
+
+    /// A socket at another address of this host: a stranger.
+    fn stranger() -> UdpSocket {
+        let socket = UdpSocket::bind("127.0.0.2:0").unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        socket
+    }
+}
+
+fn announcement(port: u16) -> serde_json::Value {
+    serde_json::json!({"cmd": "announce", "id": ITS_ID, "features": ["gained"], "port": port})
+}
+
+/// A peer that has nothing.
+fn empty() -> Scripted {
+    Scripted::start(|path| {
+        let status = if path == "nix-cache-info" { 200 } else { 404 };
+        Script { status, ..Script::ok(b"StoreDir: /nix/store\n".to_vec()) }
+    })
+}
+
+#[test]
+fn nobody_says_goodbye_moves_or_gains_in_the_name_of_another() {
+    let (peer, evil) = (empty(), empty());
+    let found = Announced::start(&peer, "[cache]\nnegative_ttl = \"1h\"\n");
+    let (daemon, stranger) = (&found.daemon, Announced::stranger());
+    let goodbye = |id: &str| serde_json::json!({"cmd": "goodbye", "id": id});
+    found.say(&found.socket, &goodbye("fedcba9876543210"));
+    found.say(&stranger, &goodbye(ITS_ID));
+    assert_eq!(daemon.metric("peernix_peers"), 1.0);
+
+    // Its id, told from elsewhere, leads nobody away while it works.
+    let missing = format!("/nix/store/{}-x", "4".repeat(32));
+    assert_eq!(ask(daemon, &missing).status, 404);
+    found.say(&stranger, &announcement(evil.address.port()));
+    let told = get(&daemon.url("api/v1/peers")).text();
+    assert!(told.contains(&peer.url()) && !told.contains("127.0.0.2"), "{told}");
+
+    // What a stranger gained makes nobody forget a miss.
+    let gained = |paths: &[&str]| serde_json::json!({"cmd": "gained", "paths": paths});
+    let (part, name) = ("4".repeat(32), format!("{}.narinfo", "4".repeat(32)));
+    found.say(&stranger, &gained(&[&part]));
+    found.say(&stranger, &gained(&[]));
+    assert_eq!(ask(daemon, &missing).status, 404);
+    assert_eq!((peer.asked_for(&name), evil.asked_for(".narinfo")), (1, 0));
+    // What the peer gained does.
+    for (count, paths) in [&[&*part][..], &[], &[]].iter().enumerate() {
+        found.say(&found.socket, &gained(paths));
+        eventually("it is asked again", || {
+            assert_eq!(ask(daemon, &missing).status, 404);
+            (peer.asked_for(&name) == count + 2).then_some(())
+        });
+    }
+    found.say(&found.socket, &goodbye(ITS_ID));
+    assert_eq!(daemon.metric("peernix_peers"), 0.0);
+}
+
+#[test]
+fn who_asks_after_news_waits_for_no_older_question() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&asked);
+    let peer = Scripted::start(move |path| {
+        // The first question hangs until there is another.
+        if path.ends_with(".narinfo") && counted.fetch_add(1, Ordering::SeqCst) == 0 {
+            eventually("it is asked again", || (counted.load(Ordering::SeqCst) > 1).then_some(()));
+        }
+        Script { status: 404, ..Script::ok(Vec::new()) }
+    });
+    let found = Announced::start(&peer, "[resolve]\nnarinfo_budget = \"20s\"\n");
+    let (daemon, part) = (&found.daemon, "5".repeat(32));
+    let missing = format!("/nix/store/{part}-x");
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| assert_eq!(ask(daemon, &missing).status, 404));
+        eventually("it is asked", || (asked.load(Ordering::SeqCst) == 1).then_some(()));
+        scope.spawn(|| assert_eq!(ask(daemon, &missing).status, 404));
+        let joined = "peernix_lookups_joined_total";
+        eventually("another joins", || (daemon.metric(joined) == 1.0).then_some(()));
+        found.say(&found.socket, &serde_json::json!({"cmd": "gained", "paths": [part]}));
+        // The news go through the daemon beside the requests.
+        eventually("who asks now begins anew", || {
+            scope.spawn(|| assert_eq!(ask(daemon, &missing).status, 404));
+            (asked.load(Ordering::SeqCst) > 1).then_some(())
+        });
+    });
+    assert!(began.elapsed() < Duration::from_secs(15), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_pause_and_its_end_are_told_once_each_and_who_was_never_heard_was_never_seen() {
+    let broken = Arc::new(std::sync::atomic::AtomicBool::new(true));
+    let state = Arc::clone(&broken);
+    let peer = Scripted::start(move |_| {
+        let status = if state.load(Ordering::SeqCst) { 500 } else { 404 };
+        Script { status, ..Script::ok(Vec::new()) }
+    });
+    let (daemon, _store) = relaying("a-1:oN1zFXrSL7R8wvWrBXE/kcX7g3jYBwSR64LOkoAhVSY=", &[peer.url()], "");
+    let peers = || get(&daemon.url("api/v1/peers")).text();
+    assert!(peers().contains("\"last_seen_seconds_ago\": null"), "{}", peers());
+    let mut number = 0;
+    let mut asked = |times: usize| {
+        eventually("it is asked", || {
+            number += 1;
+            ask(&daemon, &format!("/nix/store/{number:0>32}-x"));
+            (peer.asked_for(".narinfo") >= times).then_some(())
+        });
+    };
+    asked(3);
+    broken.store(false, Ordering::SeqCst);
+    asked(5);
+    let told = daemon.logged("a peer failed and is not asked for a while");
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert_eq!((&told[0]["peer.url"], &told[0]["pause_ms"]), (&peer.url().into(), &500.into()));
+    assert_eq!(
+        (&told[0]["reason"], &told[0]["level"]),
+        (&"it answered with status 500".into(), &"INFO".into())
+    );
+    let told = eventually("its return is told", || daemon.logged("a peer answers again").pop());
+    assert_eq!(told["peer.url"], peer.url());
+    assert!(!peers().contains("null,\n    \"successes\""), "{}", peers());
+}
+
+#[test]
+fn a_cache_with_a_certificate_that_the_system_trusts_is_asked_by_https() {
+    let honest = honest(1000);
+    let made = rcgen::generate_simple_self_signed(["127.0.0.1".to_owned()]).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("authorities.pem");
+    std::fs::write(&file, made.cert.pem()).unwrap();
+    let key = rustls::pki_types::PrivateKeyDer::Pkcs8(made.signing_key.serialize_der().into());
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(vec![made.cert.der().clone()], key)
+        .unwrap();
+    let (config, upstream) = (Arc::new(config), honest.daemon.url(""));
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("https://{}/nix-cache", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for socket in listener.incoming().map_while(Result::ok) {
+            let session = rustls::ServerConnection::new(Arc::clone(&config)).unwrap();
+            let mut reader = BufReader::new(rustls::StreamOwned::new(session, socket));
+            let mut head = String::new();
+            // A client that does not trust the certificate ends here.
+            while !head.ends_with("\r\n\r\n") && reader.read_line(&mut head).is_ok_and(|len| len > 0) {}
+            let Some(path) = head.split(' ').nth(1) else { continue };
+            let answer = get(&format!("{upstream}{}", path.trim_start_matches('/')));
+            let (status, body) = (answer.status, answer.bytes());
+            let stream = reader.get_mut();
+            let _ = write!(
+                stream,
+                "HTTP/1.1 {status} X\r\nconnection: close\r\ncontent-length: {}\r\n\r\n",
+                body.len()
+            );
+            let _ = stream.write_all(&body);
+            stream.conn.send_close_notify();
+            let _ = stream.flush();
+        }
+    });
+    let store = Store::new();
+    let serve = |authorities: &std::path::Path| {
+        let mut command = std::process::Command::new(crate::support::daemon::PROGRAM);
+        command.env("SSL_CERT_FILE", authorities).env_remove("SSL_CERT_DIR");
+        let trust = format!("[trust]\npublic_keys = [{:?}]\nhost_keys = false\n", honest.key);
+        let settings = "[resolve]\nnarinfo_budget = \"5s\"\n";
+        let root = store.root();
+        Daemon::start(
+            command,
+            &format!("[store]\nroot = {root:?}\n{settings}{trust}[[peer]]\nurl = {url:?}\n"),
+        )
+    };
+    let daemon = serve(&file);
+    assert_eq!(ask(&daemon, &honest.path).status, 200);
+    assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar);
+
+    // A system without any certificates trusts none; all else works.
+    std::fs::write(&file, "").unwrap();
+    let daemon = serve(&file);
+    assert_eq!(ask(&daemon, &honest.path).status, 404);
+    let told = || daemon.logged("a peer failed and is not asked for a while").pop();
+    let told = eventually("why is told", told);
+    assert!(told["reason"].as_str().unwrap().contains("UnknownIssuer"), "{told:?}");
 }
