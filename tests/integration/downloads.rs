@@ -35,7 +35,7 @@ fn half(nar: Vec<u8>, then: Then) -> Script {
 fn is_replaced(honest: &Honest, fails: fn(Vec<u8>) -> Script, ranges: bool) {
     let first = peer(honest, false, fails);
     let second = peer(honest, true, move |nar| Script { ranges, ..Script::ok(nar) });
-    let settings = "[resolve]\nnarinfo_budget = \"5s\"\nstall = \"300ms\"";
+    let settings = "[resolve]\nnarinfo_budget = \"5s\"\nstall = \"2s\"";
     let (daemon, _store) = relaying(&honest.key, &[first.url(), second.url()], settings);
     assert_eq!(ask(&daemon, &honest.path).status, 200);
     assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar, "ranges: {ranges}");
