@@ -27,7 +27,7 @@
 //! | [`signing`] | our own keys and what they sign | nix |
 //! | [`trust`] | whom this host believes, and what that proves | nix |
 //! | [`peer`] | who is there and how good: registry, datagrams, mDNS, the way to one peer | nix, metrics |
-//! | [`cache`] | what is remembered: who served a narinfo, what nobody has | nix, peer |
+//! | [`cache`] | what is remembered: who served a narinfo, what nobody has, what is being downloaded | nix, peer |
 //! | [`resolve`] | the decision who answers: local, remembered, or which peer | nix, metrics, store, signing, trust, peer, cache |
 //! | [`http`] | connections, limits, routes, errors to statuses | nix, metrics, resolve |
 //! | [`config`] | the file with all options | the `Options` of each part |
@@ -51,8 +51,9 @@
 //! `peer::discovery` starts what finds peers: datagrams (`peer::udp`, in the words of `peer::wire`, which peernix in Go speaks
 //! too), multicast DNS, the configuration, and the file of those known before. [`peer::Registry`] is the table, pure. What is
 //! not in the local store goes to `resolve::lookup`: the remembered misses, then one flight a hash that asks all candidates
-//! at once within one budget; the first good answer wins. `resolve::relay` fetches the NAR from the peer that the peer cache
-//! names, or from whoever has it now. A miss is remembered only if every peer that was asked said so, and is worth nothing
+//! at once within one budget; the first good answer wins. `resolve::relay` gives the NAR: one
+//! download (`resolve::download`) from the peer that the peer cache names, or from whoever has it now, goes on at another one
+//! (`resolve::holders`) at the same offset where one fails, and is followed by all readers through a spool ([`cache::Spools`]). A miss is remembered only if every peer that was asked said so, and is worth nothing
 //! after a peer came or gained the path ([`cache::Misses`]).
 //!
 //! ## Where we differ from what was planned
@@ -66,7 +67,11 @@
 //!   the name comes and when its `.lock` goes, which is when Nix has registered it.
 //! - Our own signature is put under a peer's path only if a trusted key has signed it: a content address does not prove
 //!   NarSize, which a signature vouches for.
-//! - A peer that dies in the middle of a large NAR cuts it; that another one goes on at the offset is not built yet.
+//! - One reader alone of a large NAR needs no file: what it has read is let go. A second one gives the download a file
+//!   (`limits.spool`), or, too late for its beginning, begins another that has one. So no disk is written for the usual case.
+//! - Files of spools have no names: a crash leaves none behind.
+//! - Small NARs are downloaded ahead of Nix, which asks for one after the other (`resolve::ahead`): a guess, within
+//!   `limits.relay_memory`.
 //! - nix-compat, which was asked for, is an empty placeholder on the registry; nix-narinfo and nix-derivation stand
 //!   behind [`nix`] instead.
 #![warn(unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
