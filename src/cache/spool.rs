@@ -205,6 +205,11 @@ impl Spool {
         state.readers.is_empty() && !matches!(state.progress, Progress::Receiving)
     }
 
+    /// Whether somebody has read it, or begun to.
+    pub(super) fn was_read(&self) -> bool {
+        self.lock().readers_ever > 0
+    }
+
     /// Whether new readers find all of it.
     pub(super) fn is_complete(&self) -> bool {
         self.lock().is_complete()

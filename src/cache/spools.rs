@@ -127,8 +127,9 @@ impl Spools {
         if spools.contains_key(nar) {
             return None;
         }
-        // Nothing is given up for what may never be asked for.
-        let writer = Spool::begin(size, Keep::All, None, vec![self.0.memory.reserve(size)?]);
+        // For what may never be asked for only what was read already is given up.
+        let reserved = make_room(&mut spools, &self.0.memory, size, Spool::was_read)?;
+        let writer = Spool::begin(size, Keep::All, None, vec![reserved]);
         insert(&mut spools, nar, &writer);
         Some(writer)
     }
@@ -145,7 +146,7 @@ impl Spools {
         }
         let mut reserved = Vec::new();
         if whole {
-            reserved.push(make_room(&mut spools, &self.0.memory, size)?);
+            reserved.push(make_room(&mut spools, &self.0.memory, size, |_| true)?);
         }
         // Somebody is too far ahead to be joined: so others may come after this one too.
         let file = if is_shared && !whole { self.file(&mut spools, size) } else { None };
@@ -174,7 +175,7 @@ impl Spools {
     }
 
     fn file(&self, spools: &mut HashMap<NarHash, Entry>, size: u64) -> Option<(File, Reserved)> {
-        drop(make_room(spools, &self.0.disk, size)?);
+        drop(make_room(spools, &self.0.disk, size, |_| true)?);
         self.new_file(size)
     }
 
@@ -225,14 +226,19 @@ impl Spools {
 
 fn insert(spools: &mut HashMap<NarHash, Entry>, nar: &NarHash, writer: &SpoolWriter) {
     if spools.len() >= MAX_SPOOLS {
-        evict(spools);
+        evict(spools, |_| true);
     }
     // What was there before has failed, or is read on by those who have it.
     spools.insert(*nar, Entry { spool: Arc::clone(writer.spool()), used: Instant::now() });
 }
 
-/// Reserves, and gives up what was least recently used for it.
-fn make_room(spools: &mut HashMap<NarHash, Entry>, budget: &Arc<Budget>, size: u64) -> Option<Reserved> {
+/// Reserves, and gives up what was least recently used for it, of what may go.
+fn make_room(
+    spools: &mut HashMap<NarHash, Entry>,
+    budget: &Arc<Budget>,
+    size: u64,
+    may_go: impl Fn(&Spool) -> bool,
+) -> Option<Reserved> {
     if size > budget.limit {
         return None;
     }
@@ -240,15 +246,15 @@ fn make_room(spools: &mut HashMap<NarHash, Entry>, budget: &Arc<Budget>, size: u
         if let Some(reserved) = budget.reserve(size) {
             return Some(reserved);
         }
-        if !evict(spools) {
+        if !evict(spools, &may_go) {
             return None;
         }
     }
 }
 
 /// Gives up the least recently used spool that nobody reads or writes. False: there is none.
-fn evict(spools: &mut HashMap<NarHash, Entry>) -> bool {
-    let idle = spools.iter().filter(|(_, entry)| entry.spool.is_idle());
+fn evict(spools: &mut HashMap<NarHash, Entry>, may_go: impl Fn(&Spool) -> bool) -> bool {
+    let idle = spools.iter().filter(|(_, entry)| entry.spool.is_idle() && may_go(&entry.spool));
     let Some(oldest) = idle.min_by_key(|(_, entry)| entry.used).map(|(nar, _)| *nar) else { return false };
     if let Some(entry) = spools.remove(&oldest) {
         entry.spool.begin_to_close();
