@@ -172,8 +172,7 @@ impl Spool {
     /// A reader that begins at the beginning. `None`: it is closing, failed, or its beginning is gone.
     pub(super) fn read(self: &Arc<Self>) -> Option<SpoolReader> {
         let mut state = self.lock();
-        let has_beginning = state.window_start == 0 || state.on_disk >= state.window_start;
-        if state.is_closing || !has_beginning || matches!(state.progress, Progress::Failed(_)) {
+        if !state.lets_in() {
             return None;
         }
         state.readers_ever += 1;
@@ -203,6 +202,11 @@ impl Spool {
     pub(super) fn is_idle(&self) -> bool {
         let state = self.lock();
         state.readers.is_empty() && !matches!(state.progress, Progress::Receiving)
+    }
+
+    /// The length of the whole in bytes, if a new reader would be let in.
+    pub(super) fn joinable_len(&self) -> Option<u64> {
+        self.lock().lets_in().then_some(self.total)
     }
 
     /// Whether somebody has read it, or begun to.
@@ -251,6 +255,12 @@ impl Spool {
 }
 
 impl State {
+    /// Whether a new reader would get all of it.
+    fn lets_in(&self) -> bool {
+        let has_beginning = self.window_start == 0 || self.on_disk >= self.window_start;
+        has_beginning && !self.is_closing && !matches!(self.progress, Progress::Failed(_))
+    }
+
     /// Lets the contents go, if it is closing and nobody is left.
     fn let_go(&mut self) {
         if self.is_closing && self.readers.is_empty() {
@@ -300,6 +310,15 @@ impl State {
             start += bytes.len() as u64;
         }
         unwritten
+    }
+
+    /// No more will come, unless all came already.
+    fn give_up(&mut self) {
+        if matches!(self.progress, Progress::Receiving) {
+            self.progress = Progress::Failed("the download was given up".into());
+            self.wake_readers();
+            self.offer();
+        }
     }
 
     /// Tells whoever waits for a place that this one may be had.
@@ -353,6 +372,8 @@ impl SpoolWriter {
             let mut state = self.spool.lock();
             let is_awaited = !state.readers.is_empty() || (state.keep == Keep::All && !state.is_closing);
             if !is_awaited {
+                // At once, so that nobody joins what is about to be given up.
+                state.give_up();
                 return Poll::Ready(Err(Deserted));
             }
             if state.keep != Keep::Window || state.window_len() < WINDOW {
@@ -432,12 +453,7 @@ impl Appender {
 
 impl Drop for SpoolWriter {
     fn drop(&mut self) {
-        let mut state = self.spool.lock();
-        if matches!(state.progress, Progress::Receiving) {
-            state.progress = Progress::Failed("the download was given up".into());
-            state.wake_readers();
-            state.offer();
-        }
+        self.spool.lock().give_up();
     }
 }
 

@@ -98,14 +98,10 @@ impl Spools {
         Self(Arc::new(Inner { directory, memory, disk, spools: Mutex::default() }))
     }
 
-    /// A reader of a NAR that is there or on its way.
+    /// The length in bytes of a NAR that is there or on its way.
     #[must_use]
-    pub fn read(&self, nar: &NarHash) -> Option<SpoolReader> {
-        let mut spools = self.lock();
-        let entry = spools.get_mut(nar)?;
-        let reader = self.join(&entry.spool)?;
-        entry.used = Instant::now();
-        Some(reader)
+    pub fn len_of(&self, nar: &NarHash) -> Option<u64> {
+        self.lock().get(nar)?.spool.joinable_len()
     }
 
     /// Joins the download of a NAR, or begins it, kept `whole` in memory or not. May be dropped midway. It waits while there is

@@ -152,8 +152,9 @@ impl Download {
         let stall = self.stall;
         let arriving = self.holders.peers.client(&known)?.file(path, self.got, stall).await?;
         let mut arriving = arriving.ok_or(DownloadError::NotThere)?;
-        if let Some(len) = arriving.remaining().filter(|len| arriving.offset + *len != self.nar_size) {
-            return Err(DownloadError::Length { got: arriving.offset + len, expected: self.nar_size });
+        let announced = arriving.remaining().map(|left| arriving.offset.saturating_add(left));
+        if let Some(got) = announced.filter(|announced| *announced != self.nar_size) {
+            return Err(DownloadError::Length { got, expected: self.nar_size });
         }
         let mut pace = Pace::new(stall);
         let mut skip = self.got - arriving.offset;

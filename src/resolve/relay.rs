@@ -48,9 +48,9 @@ impl Relays {
     pub(super) async fn nar(&self, url: &NarUrl) -> Option<RelayedNar> {
         let (url, relays) = (*url, self.clone());
         if let Some(nar_hash) = url.nar_hash
-            && let Some(reader) = self.spools.read(&nar_hash)
+            && let Some(nar_size) = self.spools.len_of(&nar_hash)
         {
-            return Some(RelayedNar { nar_size: reader.total(), nar_hash, relays, url, holder: None });
+            return Some(RelayedNar { nar_size, nar_hash, relays, url, holder: None });
         }
         let holder = self.holders.find(&url, &[]).await?;
         let (nar_size, nar_hash) = (holder.served.nar_size, holder.served.nar_hash);
