@@ -1,8 +1,8 @@
 //! What the way through the local daemon costs: `cargo bench --bench relay`.
 //!
-//! `nix copy` of the same closure into a fresh store, in turn straight from the daemon that has it and through a
-//! second daemon that relays from the first, all on loopback. Prints each round, the medians and their ratio. Needs nix-bin
-//! and a machine where Nix can build in a store of its own.
+//! `nix copy` into a fresh store, in turn straight from the daemon that has the paths and through a second daemon that
+//! relays from the first, all on loopback: once of a closure of 300 paths of 64 KiB to 20 MiB, 1.4 GB, and once of one path of
+//! 128 MiB. Prints each round, the medians and their ratios. Needs nix-bin and a machine where Nix can build in a store of its own.
 
 #![allow(missing_docs, reason = "a program without an interface")]
 
@@ -13,24 +13,25 @@ use std::time::{Duration, Instant};
 
 const ROUNDS: usize = 7;
 
-/// Forty paths, each of which refers to the one before: one of 128 MiB, the others of 2 MiB. Input-addressed, so that Nix
-/// wants signatures.
-const CLOSURE: &str = r#"
+/// A tree of 300 paths, and one large path alone. Input-addressed, so that Nix wants signatures.
+const PATHS: &str = r#"
 let
-  build = name: blocks: before: derivation {
-    inherit name before;
+  blocks = [ 1 2 4 8 16 32 64 96 160 320 ];
+  build = name: blocks: below: derivation {
+    inherit name below;
     system = builtins.currentSystem;
     builder = "/bin/sh";
     args = [ "-c" ''
       block=peernix-relay-by
       for i in 1 2 3 4 5 6 7 8 9 10 11 12; do block=$block$block; done
       i=0
-      echo "$before" > $out
+      echo "$below $name" > $out
       while [ $i -lt ${toString blocks} ]; do printf %s "$block"; i=$((i+1)); done >> $out
     '' ];
   };
-  link = before: n: build "relay-bench-${toString n}" 32 before;
-in builtins.foldl' link (build "relay-bench" 2048 null) (builtins.genList (n: n) 39)
+  node = n: build "relay-bench-${toString n}" (builtins.elemAt blocks (n - n / 10 * 10))
+    (map node (builtins.filter (m: m < 300) [ (2 * n + 1) (2 * n + 2) ]));
+in [ (node 0) (build "relay-bench-large" 2048 null) ]
 "#;
 
 fn main() {
@@ -40,25 +41,28 @@ fn main() {
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let folder = folder.path();
-    let path = build(folder);
+    let paths = build(folder);
     let holder = Daemon::start(folder, "holder", None);
     let relay = Daemon::start(folder, "relay", Some(&holder));
-    let (mut straight, mut relayed) = (Vec::new(), Vec::new());
-    for round in 0..ROUNDS {
-        for (name, daemon, times) in [("straight", &holder, &mut straight), ("relayed", &relay, &mut relayed)]
-        {
-            let took = copy(folder, &path, daemon);
-            println!("round {round}: {name} {:.3} s", took.as_secs_f64());
-            times.push(took);
+    for (what, path) in ["closure of 300", "path of 128 MiB"].iter().zip(&paths) {
+        let (mut straight, mut relayed) = (Vec::new(), Vec::new());
+        for round in 0..ROUNDS {
+            for (name, daemon, times) in
+                [("straight", &holder, &mut straight), ("relayed", &relay, &mut relayed)]
+            {
+                let took = copy(folder, path, daemon);
+                println!("{what}, round {round}: {name} {:.3} s", took.as_secs_f64());
+                times.push(took);
+            }
         }
+        let (straight, relayed) = (median(&mut straight), median(&mut relayed));
+        println!(
+            "{what}: median straight {:.3} s, relayed {:.3} s, ratio {:.2}",
+            straight.as_secs_f64(),
+            relayed.as_secs_f64(),
+            relayed.as_secs_f64() / straight.as_secs_f64()
+        );
     }
-    let (straight, relayed) = (median(&mut straight), median(&mut relayed));
-    println!(
-        "median straight {:.3} s, relayed {:.3} s, ratio {:.2}",
-        straight.as_secs_f64(),
-        relayed.as_secs_f64(),
-        relayed.as_secs_f64() / straight.as_secs_f64()
-    );
 }
 
 fn median(times: &mut [Duration]) -> Duration {
@@ -119,16 +123,16 @@ fn nix(program: &str, folder: &Path) -> Command {
     command
 }
 
-fn build(folder: &Path) -> String {
-    let file = folder.join("closure.nix");
-    std::fs::write(&file, CLOSURE).expect("an expression");
+fn build(folder: &Path) -> Vec<String> {
+    let file = folder.join("paths.nix");
+    std::fs::write(&file, PATHS).expect("an expression");
     let mut build = nix("nix-build", folder);
     build.arg("--store").arg(folder.join("holder"));
     build.args(["--no-out-link", "--option", "substitute", "false", "--option", "sandbox-paths"]);
     let output =
         build.arg("/bin/sh /lib /lib64 /usr/lib").arg(file).output().expect("nix-build; install nix-bin");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect()
 }
 
 /// Copies the closure into a store that is empty, and says how long that took.
