@@ -89,8 +89,16 @@ impl CacheFiles {
         headers: &HeaderMap,
         client: &Admitted,
     ) -> Result<Response<Body>, Refused> {
-        match self.resolver.nar(url, client.scope(headers)).await?.ok_or(Refused::NotFound)? {
-            Nar::Local(nar) => self.local_nar(method, nar, headers, client).await,
+        let scope = client.scope(headers);
+        match self.resolver.nar(url, scope).await?.ok_or(Refused::NotFound)? {
+            Nar::Local(nar) => match self.local_nar(method, nar, headers, client).await {
+                // Half deleted, or damaged: a peer may have it whole.
+                Err(Refused::Failed(error)) => match self.resolver.nar_elsewhere(url, scope).await {
+                    Some(nar) => self.relayed_nar(method, nar).await,
+                    None => Err(Refused::Failed(error)),
+                },
+                answer => answer,
+            },
             Nar::Relayed(nar) => self.relayed_nar(method, *nar).await,
         }
     }

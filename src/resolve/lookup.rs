@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use futures_util::StreamExt as _;
+use moka::sync::Cache;
 use nix_narinfo::Compression;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout_at};
@@ -27,6 +28,8 @@ const GRACE: Duration = Duration::from_millis(50);
 const AT_ONCE: usize = 32;
 /// How much later than its questions a flight ends.
 const LAST_WORD: Duration = Duration::from_millis(10);
+/// After how long it is said once more of a peer that its paths are not passed on.
+const SAID_AGAIN: Duration = Duration::from_secs(300);
 /// The first pause before a peer that can't be reached is tried again.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
 
@@ -102,6 +105,8 @@ pub(super) struct Lookup(Arc<Inner>);
 struct Inner {
     parts: Parts,
     flights: Mutex<HashMap<Sought, Flight>>,
+    /// Peers of which it was said that their paths are not passed on.
+    untrusted: Cache<PeerId, ()>,
 }
 
 /// What a lookup is made of.
@@ -126,7 +131,8 @@ enum Said {
 
 impl Lookup {
     pub(super) fn new(parts: Parts) -> Self {
-        Self(Arc::new(Inner { parts, flights: Mutex::default() }))
+        let untrusted = Cache::builder().max_capacity(1024).time_to_live(SAID_AGAIN).build();
+        Self(Arc::new(Inner { parts, flights: Mutex::default(), untrusted }))
     }
 
     /// Finds a narinfo. `None`: nobody has it, or nobody said so in time. May be dropped midway.
@@ -268,7 +274,12 @@ impl Lookup {
             Err(error) => {
                 // A path that was built there and whose key is not trusted here is no lie.
                 self.0.parts.metrics.untrusted.inc();
-                tracing::info!(peer.id = %peer.id, store_path.hash = %hash, %error, "a peer's path is not passed on");
+                // It may have thousands of such paths: the first says what to do.
+                if self.0.untrusted.entry(peer.id.clone()).or_insert(()).is_fresh() {
+                    tracing::info!(peer.id = %peer.id, store_path.hash = %hash, %error, "a peer's path is not passed on");
+                } else {
+                    tracing::debug!(peer.id = %peer.id, store_path.hash = %hash, %error, "another path is not passed on");
+                }
                 None
             }
         }

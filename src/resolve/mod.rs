@@ -199,13 +199,24 @@ impl Resolver {
         if let Ok(Some(nar)) = local {
             return Ok(Some(Nar::Local(nar)));
         }
-        self.cache.forget(&url.hash, &Origin::Localhost);
-        if scope == Scope::LocalThenPeers
-            && let Some(nar) = self.relays.nar(url).await
-        {
-            return Ok(Some(Nar::Relayed(Box::new(nar))));
+        match self.nar_elsewhere(url, scope).await {
+            Some(nar) => Ok(Some(Nar::Relayed(Box::new(nar)))),
+            None => local.map(|_| None).map_err(ResolveError::from),
         }
-        local.map(|_| None).map_err(ResolveError::from)
+    }
+
+    /// A NAR from a peer: the local store does not have it any more, or not whole.
+    pub async fn nar_elsewhere(&self, url: &NarUrl, scope: Scope) -> Option<RelayedNar> {
+        self.cache.forget(&url.hash, &Origin::Localhost);
+        if scope == Scope::LocalOnly {
+            return None;
+        }
+        let found = self.relays.nar(url).await;
+        if found.is_none() && url.nar_hash.is_some() {
+            // Whoever knows NarHash was given the narinfo: from here, before a restart perhaps, or from a peer through us.
+            tracing::info!(store_path.hash = %url.hash, "a NAR is gone: its path was collected after its narinfo was given out, and no peer has it; Nix asks its next substituter");
+        }
+        found
     }
 
     /// The listing of a path of the local store, unless it has names that JSON can't say.

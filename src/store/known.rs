@@ -74,6 +74,13 @@ impl KnownPath {
     pub(super) fn is_unchanged(&self) -> bool {
         Stamp::of(&self.real) == Some(self.stamp)
     }
+
+    /// Whether Nix is building, fetching or repairing it.
+    pub(super) fn is_locked(&self) -> bool {
+        let mut lock = self.real.clone().into_os_string();
+        lock.push(".lock");
+        Stamp::of(Path::new(&lock)).is_some()
+    }
 }
 
 /// Paths that were asked about; bounded by memory, the least used go first.

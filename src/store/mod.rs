@@ -170,10 +170,23 @@ impl Store {
             return Ok(Some(known));
         }
         let found = self.ask(hash).await;
-        if !matches!(found, Ok(Some(_))) {
-            self.0.known.forget(hash);
+        match &found {
+            Ok(Some(_)) => {}
+            Err(StoreError::Unavailable(_) | StoreError::Busy(_)) => {
+                if let Some(known) = self.without_lease(hash) {
+                    return Ok(Some(known));
+                }
+            }
+            Ok(None) | Err(_) => self.0.known.forget(hash),
         }
         found
+    }
+
+    /// What is remembered of a path while `nix-store` can't lease it: looked at once more, and believed unless somebody is
+    /// about to change it. If it is collected all the same, its NAR comes from a peer or is cut, and never ends early.
+    fn without_lease(&self, hash: &StorePathHash) -> Option<Arc<KnownPath>> {
+        let known = self.0.known.get(hash)?;
+        (known.is_unchanged() && !known.is_locked()).then_some(known)
     }
 
     async fn ask(&self, hash: &StorePathHash) -> Result<Option<Arc<KnownPath>>, StoreError> {
