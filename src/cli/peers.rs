@@ -63,9 +63,18 @@ fn cells(row: &Row) -> [String; 9] {
         humantime::format_duration(Duration::from_secs(row.known_for_seconds)).to_string(),
         row.last_seen_seconds_ago.map_or_else(|| "never".to_owned(), |ago| format!("{ago:.0}s ago")),
         or_dash(row.latency_ms.map(|ms| format!("{ms:.1} ms"))),
-        or_dash(row.bytes_per_second.map(|bytes| format!("{:.0} MB/s", bytes / 1e6))),
+        or_dash(row.bytes_per_second.map(speed)),
         format!("{}{}", row.failures, if row.paused { ", paused" } else { "" }),
     ]
+}
+
+/// A small NAR takes as long as the question, and measures next to nothing.
+fn speed(bytes_per_second: f64) -> String {
+    if bytes_per_second < 1e6 {
+        format!("{:.0} KB/s", (bytes_per_second / 1e3).ceil())
+    } else {
+        format!("{:.0} MB/s", bytes_per_second / 1e6)
+    }
 }
 
 async fn ask(url: &str) -> anyhow::Result<Vec<Row>> {
@@ -95,4 +104,15 @@ fn told(url: &str, error: &reqwest::Error) -> anyhow::Error {
     anyhow!(
         "no daemon answers at {url} ({why}): see whether it runs (systemctl status peernix), or name another with --url"
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_delivered_something_is_never_shown_with_nothing() {
+        let shown = [1.0, 46_000.0, 999_999.0, 1e6, 117.4e6].map(speed);
+        assert_eq!(shown, ["1 KB/s", "46 KB/s", "1000 KB/s", "1 MB/s", "117 MB/s"]);
+    }
 }
