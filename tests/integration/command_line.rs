@@ -1,5 +1,6 @@
 //! Bad input is told in one line that says what, where and what to do; nothing is left half done.
 
+use std::collections::BTreeSet;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::Command;
@@ -200,6 +201,11 @@ fn health_metrics_and_the_first_page_answer() {
     ] {
         assert!(page.contains(name), "{name} is not in:\n{page}");
     }
+    // The README names all of them, and no other.
+    let shown = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split(' ').next());
+    let readme = include_str!("../../README.md").split('`').filter(|quoted| quoted.starts_with("peernix_"));
+    let named = readme.filter_map(|quoted| quoted.split('{').next());
+    assert_eq!(named.collect::<BTreeSet<_>>(), shown.collect::<BTreeSet<_>>());
     // The real reader of that page.
     use std::io::Write as _;
     let mut promtool = Command::new("promtool")
