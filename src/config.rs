@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use thiserror::Error;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 use crate::{cache, http, peer, resolve, signing, store, trust};
 
@@ -143,6 +145,7 @@ impl Config {
             config.resolve.check(),
             config.cache.check(),
             config.state.check(),
+            config.log.check(),
             config.check_memory(),
         ];
         let peers = peer::ConfiguredPeer::check_all(&config.peer);
@@ -230,6 +233,27 @@ impl State {
         let home = || Some(PathBuf::from(variable("HOME")?).join(".local/state/peernix"));
         let found = self.directory.clone().or_else(systemd).or_else(xdg).or_else(home);
         found.ok_or(ConfigError::NoStateDirectory)
+    }
+}
+
+impl Log {
+    /// A filter as `log.filter` and `$PEERNIX_LOG` have it, or why it is none.
+    pub fn parse_filter(text: &str) -> Result<EnvFilter, String> {
+        let is_ours = |word: &str| word == "peernix" || word.starts_with("peernix::");
+        // A word alone that is no level would be taken for a part's name, and silence all others.
+        let strange = text.split(',').map(str::trim).find(|word| {
+            let is_word = !word.is_empty() && !word.contains(['=', '[', ']']);
+            is_word && word.parse::<LevelFilter>().is_err() && !is_ours(word)
+        });
+        let filter = EnvFilter::try_new(text).ok().filter(|_| strange.is_none());
+        filter.ok_or_else(|| {
+            let wrong = strange.unwrap_or(text);
+            format!("{wrong:?} is none of off, error, warn, info, debug, trace, nor like \"info,peernix::http=debug\"")
+        })
+    }
+
+    fn check(&self) -> Result<(), String> {
+        Self::parse_filter(&self.filter).map(drop).map_err(|why| format!("log.filter: {why}"))
     }
 }
 

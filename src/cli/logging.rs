@@ -1,6 +1,6 @@
 //! Logs go to stderr, as text or JSON.
 
-use anyhow::Context as _;
+use anyhow::anyhow;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::{Log, LogFormat};
@@ -11,11 +11,8 @@ const VARIABLE: &str = "PEERNIX_LOG";
 /// What is logged.
 pub(super) fn filter(options: &Log) -> anyhow::Result<EnvFilter> {
     match std::env::var(VARIABLE) {
-        Ok(text) if !text.is_empty() => {
-            EnvFilter::try_new(&text).with_context(|| format!("{VARIABLE}={text} is no filter"))
-        }
-        _ => EnvFilter::try_new(&options.filter)
-            .with_context(|| format!("log.filter = {:?} is no filter", options.filter)),
+        Ok(text) if !text.is_empty() => Log::parse_filter(&text).map_err(|why| anyhow!("${VARIABLE}: {why}")),
+        _ => Log::parse_filter(&options.filter).map_err(|why| anyhow!("log.filter: {why}")),
     }
 }
 
@@ -32,5 +29,5 @@ pub(super) fn start(options: &Log) -> anyhow::Result<()> {
         }
         LogFormat::Json => logs.json().flatten_event(true).try_init(),
     }
-    .map_err(|error| anyhow::anyhow!("logging can't be started: {error}"))
+    .map_err(|error| anyhow!("logging can't be started: {error}"))
 }

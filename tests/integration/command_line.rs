@@ -46,7 +46,9 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     let twice = refused(&["check-config"], "[http]\nlisten = [\"[::]:1\", \"[::]:1\"]", folder.path());
     assert!(twice.contains("http.listen: names [::]:1 twice"), "{twice}");
     check(with("[store]\nlease = \"0s\"\n"), &["peernix.toml", "store.lease", "1s to 1day"]);
-    check(with("[log]\nfilter = \"===\"\n"), &["log.filter"]);
+    check(with("[log]\nfilter = \"===\"\n"), &["peernix.toml: log.filter: "]);
+    let said = with("[log]\nfilter = \"info,verbose\"\n");
+    check(said, &["log.filter: \"verbose\" is none of off, error, warn, info, debug, trace"]);
 
     let key = folder.path().join("key");
     check(with(&format!("[signing]\nkeys = [{key:?}]\n")), &["key", "can't be read", "No such file"]);
@@ -58,6 +60,11 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     let said = refused(&["--listen", &address], &here, folder.path());
     assert_eq!(said.matches("Address already in use").count(), 1, "{said}");
     check(said, &[&address, "can't be listened on", "another program has the port", "--listen"]);
+
+    let output = run(Command::new(PROGRAM).arg("check-config").env("PEERNIX_LOG", "warning"));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{said}");
+    assert!(said.contains("$PEERNIX_LOG: \"warning\" is none of off, error, warn,"), "{said}");
 
     let no_config = run(Command::new(PROGRAM).args(["--config", "/nowhere/peernix.toml"]));
     let said = String::from_utf8(no_config.stderr).unwrap();
