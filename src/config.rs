@@ -117,12 +117,15 @@ pub enum ConfigError {
 }
 
 impl Config {
-    /// Reads the named file, or [`DEFAULT_FILE`] if it exists, or nothing: every key has a default.
-    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+    /// Reads the named file, or [`DEFAULT_FILE`] if it exists, or nothing: every key has a default. Gives the file with it
+    /// that was read.
+    pub fn load(file: Option<&Path>) -> Result<(Self, Option<PathBuf>), ConfigError> {
         let (path, required) = file.map_or((Path::new(DEFAULT_FILE), false), |path| (path, true));
         match read(path) {
-            Ok(text) => Self::parse(&text, path),
-            Err(error) if !required && error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Ok(text) => Ok((Self::parse(&text, path)?, Some(path.to_owned()))),
+            Err(error) if !required && error.kind() == std::io::ErrorKind::NotFound => {
+                Ok((Self::default(), None))
+            }
             Err(source) => Err(ConfigError::Read { path: path.to_owned(), source }),
         }
     }

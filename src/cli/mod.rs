@@ -8,13 +8,13 @@ mod try_out;
 use std::ffi::OsString;
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{CommandFactory as _, Parser, Subcommand};
 
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::nix::signature::public_key_text;
 use crate::signing::{self, Signer};
 
@@ -133,7 +133,8 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> 
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
     match cli.command.unwrap_or(Command::Serve(ServeArguments::default())) {
         Command::Serve(arguments) => {
-            let mut config = config(&cli.common)?;
+            let (mut config, file) = config(&cli.common)?;
+            check_named(&config, file.as_deref())?;
             let listen = [cli.serve.listen, arguments.listen].concat();
             if !listen.is_empty() {
                 config.http.listen = listen;
@@ -155,17 +156,40 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
     }
 }
 
-fn config(common: &Common) -> anyhow::Result<Config> {
+/// The configuration, and the file that it was read from.
+fn config(common: &Common) -> anyhow::Result<(Config, Option<PathBuf>)> {
     let variable = || std::env::var_os("PEERNIX_CONFIG").filter(|value| !value.is_empty()).map(PathBuf::from);
     Ok(Config::load(common.config.clone().or_else(variable).as_deref())?)
 }
 
+/// Whether what the configuration names can be used: the keys, and the store if there is one. Asked before serving too, so
+/// that what is wrong is told with its file, and `check-config` calls nothing good that `serve` refuses.
+fn check_named(config: &Config, file: Option<&Path>) -> anyhow::Result<(Signer, bool)> {
+    let named = || {
+        let signer = Signer::read(&config.signing).context("signing.keys")?;
+        Ok((signer, config.store.is_there()?))
+    };
+    named().map_err(|error: anyhow::Error| match file {
+        Some(file) => error.context(file.display().to_string()),
+        None => error,
+    })
+}
+
 fn check_config(common: &Common) -> anyhow::Result<()> {
-    let config = config(common)?;
-    let signer = Signer::read(&config.signing)?;
+    let (config, file) = config(common)?;
+    let (signer, store_is_there) = check_named(&config, file.as_deref())?;
     logging::filter(&config.log)?;
     let mut out = std::io::stdout().lock();
-    writeln!(out, "the configuration is good")?;
+    match file {
+        Some(file) => writeln!(out, "{} is good", file.display())?,
+        None => writeln!(out, "there is no {}: the defaults are good", config::DEFAULT_FILE)?,
+    }
+    if !store_is_there {
+        writeln!(out, "warning: there is no store at {} yet", config.store.directory().display())?;
+    }
+    if let Err(error) = config.store.find_nix_store() {
+        writeln!(out, "warning: {error}")?;
+    }
     if signer.public_keys().is_empty() {
         writeln!(out, "signs with a key of its own, which is made in the state folder at first start")?;
     }

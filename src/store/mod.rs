@@ -79,10 +79,20 @@ pub enum StoreError {
 
 /// The store directory can't be read, so that nothing could ever be served from it.
 #[derive(Debug, Error)]
-#[error("the store {directory} can't be read: {source}; run peernix as a user who may, or see store.root")]
-pub struct OpenError {
-    directory: String,
-    source: std::io::Error,
+pub enum OpenError {
+    /// `store.root` is not there.
+    #[error("the store {} does not exist: make it, or correct store.root", .0.display())]
+    Missing(PathBuf),
+    /// It, or the folder of store paths, is there and keeps us out.
+    #[error(
+        "the store {directory} can't be read: {source}; run peernix as a user who may, or see store.root"
+    )]
+    Unreadable {
+        /// Which.
+        directory: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
 }
 
 /// A cheap handle on the local store.
@@ -117,20 +127,9 @@ impl Store {
         gained: mpsc::Sender<StorePathHash>,
     ) -> Result<(Self, JoinHandle<()>), OpenError> {
         let directory = options.directory();
-        if let Some(root) = options.root.as_ref().filter(|root| !root.is_dir()) {
-            // nix-store would make it, and a slip of the pen would look like an empty store.
-            let source = std::io::Error::from(std::io::ErrorKind::NotFound);
-            return Err(OpenError { directory: root.display().to_string(), source });
-        }
-        match std::fs::read_dir(&directory) {
-            Ok(_) => {}
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                let directory = directory.display();
-                tracing::warn!(%directory, "there is no store here yet; every path is answered with 404 until there is");
-            }
-            Err(source) => {
-                return Err(OpenError { directory: directory.display().to_string(), source });
-            }
+        if !options.is_there()? {
+            let directory = directory.display();
+            tracing::warn!(%directory, "there is no store here yet; every path is answered with 404 until there is");
         }
         let store_dir = StoreDir::default();
         let names = Arc::new(Names::new(directory, metrics.clone(), gained));

@@ -1,10 +1,14 @@
 //! `[store]`: what can be set about the local store.
 
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use serde::Deserialize;
+
+use super::{ChildError, OpenError};
 
 /// `[store]`
 #[derive(Clone, Debug, Deserialize)]
@@ -76,6 +80,41 @@ impl Options {
     #[must_use]
     pub fn directory(&self) -> PathBuf {
         self.root.as_deref().map_or_else(|| "/nix/store".into(), |root| root.join("nix/store"))
+    }
+
+    /// Whether there is a store yet. One that can't be read, or a `root` that does not exist, is an error.
+    pub fn is_there(&self) -> Result<bool, OpenError> {
+        let unreadable =
+            |directory: &Path, source| OpenError::Unreadable { directory: directory.to_owned(), source };
+        if let Some(root) = &self.root {
+            // nix-store would make it, and a slip of the pen would look like an empty store.
+            match std::fs::metadata(root) {
+                Ok(found) if found.is_dir() => {}
+                Ok(_) => return Err(unreadable(root, ErrorKind::NotADirectory.into())),
+                Err(error) if error.kind() == ErrorKind::NotFound => {
+                    return Err(OpenError::Missing(root.clone()));
+                }
+                Err(error) => return Err(unreadable(root, error)),
+            }
+        }
+        let directory = self.directory();
+        match std::fs::read_dir(&directory) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(unreadable(&directory, error)),
+        }
+    }
+
+    /// Whether the `nix-store` program can be started by whoever asks.
+    pub fn find_nix_store(&self) -> Result<(), ChildError> {
+        let program = self.nix_store.display().to_string();
+        let mut nix_store = Command::new(&self.nix_store);
+        nix_store.arg("--version").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        match nix_store.status() {
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Err(ChildError::Missing(program)),
+            Err(source) => Err(ChildError::Start { program, source }),
+        }
     }
 
     /// The real folder that holds the build logs.

@@ -41,7 +41,7 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     check(with("[limits]\nheader_size = \"16 KiBB\"\n"), &["peernix.toml:6: header_size: ", "\"16 KiB\""]);
     check(
         with("[store]\nroot = \"/nowhere/store\"\n"),
-        &["the store /nowhere/store can't be read", "store.root"],
+        &["peernix.toml: the store /nowhere/store does not exist: make it, or correct store.root"],
     );
     let twice = refused(&["check-config"], "[http]\nlisten = [\"[::]:1\", \"[::]:1\"]", folder.path());
     assert!(twice.contains("http.listen: names [::]:1 twice"), "{twice}");
@@ -51,7 +51,10 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     check(said, &["log.filter: \"verbose\" is none of off, error, warn, info, debug, trace"]);
 
     let key = folder.path().join("key");
-    check(with(&format!("[signing]\nkeys = [{key:?}]\n")), &["key", "can't be read", "No such file"]);
+    check(
+        with(&format!("[signing]\nkeys = [{key:?}]\n")),
+        &["peernix.toml: signing.keys: ", "/key can't be read: No such file"],
+    );
     std::fs::write(&key, "no key at all").unwrap();
     check(with(&format!("[signing]\nkeys = [{key:?}]\n")), &["/key holds no secret key", "name:base64"]);
 
@@ -70,6 +73,38 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     let said = String::from_utf8(no_config.stderr).unwrap();
     assert_eq!((no_config.status.code(), said.lines().count()), (Some(1), 1));
     assert!(said.contains("/nowhere/peernix.toml: can't be read"), "{said}");
+}
+
+#[test]
+fn what_check_config_calls_good_is_what_serve_takes() {
+    let store = Store::new();
+    let folder = tempfile::tempdir().unwrap();
+    for settings in [
+        "[store]\nroot = \"/nowhere\"\n",
+        "[store]\nroot = \"/proc/version\"\n",
+        "[signing]\nkeys = [\"/nowhere\"]\n",
+        "[log]\nfilter = \"verbose\"\n",
+    ] {
+        let said = refused(&["check-config"], settings, folder.path());
+        assert_eq!(said, refused(&["serve"], settings, folder.path()));
+    }
+    let file = folder.path().join("peernix.toml");
+    let check = |settings: &str| {
+        std::fs::write(&file, settings).unwrap();
+        let mut command = Command::new(PROGRAM);
+        text(command.args(["check-config", "--config"]).arg(&file).env_remove("PEERNIX_LOG"))
+    };
+    let good = format!("{} is good", file.display());
+    let root = format!("[store]\nroot = {:?}\n", store.root());
+    let said = check(&root);
+    assert!(said.starts_with(&good) && !said.contains("warning: "), "{said}");
+    let said = check(&format!("{root}nix_store = \"/nowhere/nix-store\"\n"));
+    assert!(
+        said.starts_with(&good) && said.contains("\nwarning: /nowhere/nix-store was not found"),
+        "{said}"
+    );
+    let said = check(&format!("[store]\nroot = {:?}\n", folder.path()));
+    assert!(said.starts_with(&good) && said.contains("\nwarning: there is no store at "), "{said}");
 }
 
 #[test]
@@ -134,7 +169,7 @@ fn keys_are_made_as_nix_makes_them() {
     let config = store.root().join("peernix.toml");
     std::fs::write(&config, format!("[signing]\nkeys = [{file:?}]\n")).unwrap();
     let said = text(Command::new(PROGRAM).args(["check-config", "--config"]).arg(&config));
-    assert_eq!(said, format!("the configuration is good\nsigns as {public}"));
+    assert_eq!(said, format!("{} is good\nsigns as {public}", config.display()));
 }
 
 #[test]
