@@ -14,6 +14,8 @@ use crate::{cache, http, peer, resolve, signing, store, trust};
 
 /// Where the configuration lies if nobody says otherwise and the file exists.
 pub const DEFAULT_FILE: &str = "/etc/peernix/peernix.toml";
+/// What an address to listen on looks like, for those that are none.
+pub const ADDRESS_FORM: &str = "an address reads \"192.168.1.10:9999\" or \"[::]:9999\"";
 /// The largest configuration that is read, in bytes.
 const MAX_FILE: u64 = 1024 * 1024;
 
@@ -173,15 +175,14 @@ impl Config {
 fn explain(message: &str, line: &str) -> String {
     let message = in_plain_words(&message.replace('\n', " "), line.trim());
     let right = match &*message {
-        text if text.contains("invalid socket address") => {
-            "; an address reads \"192.168.1.10:9999\" or \"[::]:9999\""
-        }
-        text if text.contains("invalid IP address") => "; a network reads \"10.0.0.0/8\" or \"fd00::/8\"",
+        text if text.contains("invalid socket address") => ADDRESS_FORM,
+        text if text.contains("invalid IP address") => "a network reads \"10.0.0.0/8\" or \"fd00::/8\"",
         text if text.contains("duration") || text.contains("time unit") => {
-            "; a duration reads \"30s\" or \"10min\""
+            "a duration reads \"30s\" or \"10min\""
         }
         _ => "",
     };
+    let right = if right.is_empty() { String::new() } else { format!("; {right}") };
     let key = line.split_once('=').map(|(key, _)| key.trim()).filter(|key| !key.is_empty());
     match key.filter(|key| !message.contains(&format!("`{key}`"))) {
         Some(key) => format!("{key}: {message}{right}"),

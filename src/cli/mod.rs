@@ -43,7 +43,7 @@ struct Common {
 #[derive(Clone, Debug, Default, clap::Args)]
 struct ServeArguments {
     /// An address to listen on, in the place of those that http.listen names; may be given several times
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    #[arg(long, value_name = "ADDRESS:PORT", value_parser = address)]
     listen: Vec<SocketAddr>,
 }
 
@@ -154,6 +154,10 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
     }
+}
+
+fn address(text: &str) -> Result<SocketAddr, String> {
+    text.parse().map_err(|error| format!("{error}; {}", config::ADDRESS_FORM))
 }
 
 /// The configuration, and the file that it was read from.

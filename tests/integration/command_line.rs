@@ -64,6 +64,10 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     assert_eq!(said.matches("Address already in use").count(), 1, "{said}");
     check(said, &[&address, "can't be listened on", "another program has the port", "--listen"]);
 
+    let output = run(Command::new(PROGRAM).args(["--listen", "localhost:9999"]));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2), "{said}");
+    assert!(said.contains("an address reads \"192.168.1.10:9999\""), "{said}");
     let output = run(Command::new(PROGRAM).arg("check-config").env("PEERNIX_LOG", "warning"));
     let said = String::from_utf8(output.stderr).unwrap();
     assert_eq!((output.status.code(), said.lines().count()), (Some(1), 1), "{said}");
