@@ -75,6 +75,10 @@ impl Daemon {
         // What can fail without a trace comes first, what leaves files behind after it.
         let configured = (!config.signing.keys.is_empty()).then(|| Signer::read(&config.signing));
         let configured = configured.transpose()?;
+        for file in config.signing.open_to_all() {
+            let file = file.display();
+            tracing::warn!(%file, "every user of this machine may read this secret key: chmod 600 it");
+        }
         let listeners = Listeners::bind(&config.http.listen).await?;
         let addresses = listeners.addresses();
         let metrics = Metrics::new();

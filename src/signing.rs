@@ -3,6 +3,7 @@
 //! Secrets stay in here. Knows nothing of stores or HTTP.
 
 use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -24,6 +25,16 @@ pub struct Options {
     /// Secret key files, in Nix's format or the raw one of peernix in Go. Paths are signed with each. Default: none,
     /// and one is made in the state folder at first start.
     pub keys: Vec<PathBuf>,
+}
+
+impl Options {
+    /// The key files that every user of this machine may read. A group is none of our business; and where systemd hands a
+    /// key over by an access list, the mode shows a group that may read.
+    pub fn open_to_all(&self) -> impl Iterator<Item = &Path> {
+        let is_open =
+            |path: &&Path| path.metadata().is_ok_and(|found| found.permissions().mode() & 0o004 != 0);
+        self.keys.iter().map(PathBuf::as_path).filter(is_open)
+    }
 }
 
 /// Why there is no key to sign with. Each message names the file.
@@ -186,7 +197,6 @@ mod tests {
 
     #[test]
     fn a_key_is_made_once_and_is_its_owners_alone() {
-        use std::os::unix::fs::PermissionsExt as _;
         let state = tempfile::tempdir().unwrap();
         let first = Signer::load(&Options::default(), state.path()).unwrap();
         let again = Signer::load(&Options::default(), state.path()).unwrap();

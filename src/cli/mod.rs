@@ -194,6 +194,9 @@ fn check_config(common: &Common) -> anyhow::Result<()> {
     if let Err(error) = config.store.find_nix_store() {
         writeln!(out, "warning: {error}")?;
     }
+    for file in config.signing.open_to_all() {
+        writeln!(out, "warning: every user of this machine may read {}: chmod 600 it", file.display())?;
+    }
     if signer.public_keys().is_empty() {
         writeln!(out, "signs with a key of its own, which is made in the state folder at first start")?;
     }

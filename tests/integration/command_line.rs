@@ -92,7 +92,7 @@ fn what_check_config_calls_good_is_what_serve_takes() {
         let said = refused(&["check-config"], settings, folder.path());
         assert_eq!(said, refused(&["serve"], settings, folder.path()));
     }
-    let file = folder.path().join("peernix.toml");
+    let (file, key) = (folder.path().join("peernix.toml"), folder.path().join("key"));
     let check = |settings: &str| {
         std::fs::write(&file, settings).unwrap();
         let mut command = Command::new(PROGRAM);
@@ -109,6 +109,19 @@ fn what_check_config_calls_good_is_what_serve_takes() {
     );
     let said = check(&format!("[store]\nroot = {:?}\n", folder.path()));
     assert!(said.starts_with(&good) && said.contains("\nwarning: there is no store at "), "{said}");
+
+    succeed(Command::new(PROGRAM).args(["key", "generate", "cache-1", "--to"]).arg(&key));
+    let with_key = format!("{root}[signing]\nkeys = [{key:?}]\n");
+    assert!(!check(&with_key).contains("warning: "));
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o644)).unwrap();
+    let said = check(&with_key);
+    assert!(
+        said.contains(&format!("warning: every user of this machine may read {}", key.display())),
+        "{said}"
+    );
+    let daemon = Daemon::serve(store.root(), &format!("[signing]\nkeys = [{key:?}]\n"));
+    let warned = daemon.logged("every user of this machine may read this secret key: chmod 600 it");
+    assert_eq!(warned.len(), 1, "{:#?}", daemon.log());
 }
 
 #[test]
