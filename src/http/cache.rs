@@ -17,7 +17,7 @@ use super::range::{self, Wanted};
 use crate::metrics::{HttpMetrics, Route};
 use crate::nix::cache_info::CacheInfo;
 use crate::nix::cache_url::{CacheUrl, NarUrl};
-use crate::resolve::{LocalNar, Nar, RelayedNar, Resolver};
+use crate::resolve::{LocalNar, Nar, RelayedNar, Resolver, Scope};
 
 const NARINFO: &str = "text/x-nix-narinfo";
 
@@ -90,6 +90,23 @@ impl CacheFiles {
         client: &Admitted,
     ) -> Result<Response<Body>, Refused> {
         let scope = client.scope(headers);
+        let answer = self.nar_from_anywhere(method, url, headers, client, scope).await;
+        let is_gone = matches!(answer, Err(Refused::NotFound | Refused::Failed(_)));
+        if is_gone && scope == Scope::LocalThenPeers && url.nar_hash.is_some() {
+            // Whoever knows NarHash was given the narinfo: from here, before a restart perhaps, or from a peer through us.
+            tracing::info!(store_path.hash = %url.hash, "a NAR is gone: its path was collected after its narinfo was given out, and no peer gives it; Nix asks its next substituter");
+        }
+        answer
+    }
+
+    async fn nar_from_anywhere(
+        &self,
+        method: &Method,
+        url: &NarUrl,
+        headers: &HeaderMap,
+        client: &Admitted,
+        scope: Scope,
+    ) -> Result<Response<Body>, Refused> {
         match self.resolver.nar(url, scope).await?.ok_or(Refused::NotFound)? {
             Nar::Local(nar) => match self.local_nar(method, nar, headers, client).await {
                 // Half deleted, or damaged: a peer may have it whole.

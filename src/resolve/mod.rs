@@ -211,12 +211,7 @@ impl Resolver {
         if scope == Scope::LocalOnly {
             return None;
         }
-        let found = self.relays.nar(url).await;
-        if found.is_none() && url.nar_hash.is_some() {
-            // Whoever knows NarHash was given the narinfo: from here, before a restart perhaps, or from a peer through us.
-            tracing::info!(store_path.hash = %url.hash, "a NAR is gone: its path was collected after its narinfo was given out, and no peer has it; Nix asks its next substituter");
-        }
-        found
+        self.relays.nar(url).await
     }
 
     /// The listing of a path of the local store, unless it has names that JSON can't say.

@@ -112,7 +112,10 @@ impl Office {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             match self.next_event(&mut ticks, &mut questions).await {
-                Event::Tick => self.rotate().await,
+                Event::Tick => {
+                    self.rotate().await;
+                    self.check().await;
+                }
                 Event::Successor(Ok(child)) => self.promote(*child),
                 Event::Successor(Err(error)) => {
                     tracing::warn!(%error, "no fresh nix-store to take over; the old one goes on");
@@ -190,6 +193,14 @@ impl Office {
         let is_full = |current: &Current| current.leases >= self.options.leases;
         if self.current.as_ref().is_some_and(is_full) && self.retired.len() < MAX_RETIRED / 2 {
             self.start_successor();
+        }
+    }
+
+    /// Asks nothing in particular: a process that goes through nix-daemon lives on when that dies, and its leases do not.
+    async fn check(&mut self) {
+        if self.current.as_ref().is_some_and(|current| current.leases > 0) {
+            // A failure is noted where it happens.
+            let _ = self.query(&[]).await;
         }
     }
 

