@@ -19,7 +19,7 @@ use bytes::Bytes;
 use shuttle::sync::{Mutex, MutexGuard};
 use thiserror::Error;
 
-use super::spools::Reserved;
+use super::spools::{Budget, Reserved};
 
 /// How much of a download is kept in memory beside its file, or for its readers if it has none, in bytes.
 pub(super) const WINDOW: u64 = 4 * 1024 * 1024;
@@ -183,14 +183,13 @@ impl Spool {
 
     /// Whether a file would let more than one reader follow at their own pace.
     pub(super) fn wants_file(&self) -> bool {
-        let state = self.lock();
-        state.keep == Keep::Window && state.window_start == 0 && matches!(state.progress, Progress::Receiving)
+        self.lock().wants_file()
     }
 
     /// Gives it a file, into which the writer writes what came so far and all that comes.
     pub(super) fn give_file(&self, file: File, reserved: Reserved) {
         let mut state = self.lock();
-        if state.keep == Keep::Window && state.window_start == 0 {
+        if state.wants_file() {
             state.keep = Keep::File;
             state.file = Some(Arc::new(file));
             state.reserved.push(reserved);
@@ -214,9 +213,9 @@ impl Spool {
         self.lock().readers_ever > 0
     }
 
-    /// Whether new readers find all of it.
-    pub(super) fn is_complete(&self) -> bool {
-        self.lock().is_complete()
+    /// Whether some of this budget comes free when it goes.
+    pub(super) fn takes_of(&self, budget: &Arc<Budget>) -> bool {
+        self.lock().reserved.iter().any(|reserved| reserved.is_of(budget))
     }
 
     /// Lets in no new reader, waits for those inside to leave, and lets the contents go after the last.
@@ -259,6 +258,12 @@ impl State {
     fn lets_in(&self) -> bool {
         let has_beginning = self.window_start == 0 || self.on_disk >= self.window_start;
         has_beginning && !self.is_closing && !matches!(self.progress, Progress::Failed(_))
+    }
+
+    /// Whether a file would be of use. One that could not be written is there already.
+    fn wants_file(&self) -> bool {
+        let is_receiving = matches!(self.progress, Progress::Receiving);
+        self.keep == Keep::Window && self.file.is_none() && self.window_start == 0 && is_receiving
     }
 
     /// Lets the contents go, if it is closing and nobody is left.

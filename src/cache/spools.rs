@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
@@ -31,7 +31,15 @@ struct Inner {
     directory: Option<PathBuf>,
     memory: Arc<Budget>,
     disk: Arc<Budget>,
-    spools: Mutex<HashMap<NarHash, Entry>>,
+    table: Mutex<Table>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    spools: HashMap<NarHash, Entry>,
+    /// Those that may still be read, though nobody finds them any more.
+    left: Vec<Weak<Spool>>,
+    is_closed: bool,
 }
 
 #[derive(Debug)]
@@ -42,7 +50,7 @@ struct Entry {
 
 /// A sum that is not exceeded.
 #[derive(Debug)]
-struct Budget {
+pub(super) struct Budget {
     limit: u64,
     taken: AtomicU64,
     /// Told when something may have come free.
@@ -57,6 +65,11 @@ pub(super) struct Reserved {
 }
 
 impl Reserved {
+    /// Whether it is a part of this one.
+    pub(super) fn is_of(&self, budget: &Arc<Budget>) -> bool {
+        Arc::ptr_eq(&self.budget, budget)
+    }
+
     /// Whoever waits for a place may have this one.
     pub(super) fn offer(&self) {
         self.budget.freed.notify_waiters();
@@ -85,6 +98,8 @@ pub enum Begin {
     Read(SpoolReader),
     /// Nobody has asked for it before: whoever gets this downloads it.
     Write(SpoolWriter, SpoolReader),
+    /// The spools are closed: nobody is let in any more.
+    Closed,
 }
 
 impl Spools {
@@ -95,13 +110,13 @@ impl Spools {
         let freed = Arc::new(Notify::new());
         let budget = |limit| Arc::new(Budget { limit, taken: AtomicU64::new(0), freed: Arc::clone(&freed) });
         let (memory, disk) = (budget(memory), budget(disk));
-        Self(Arc::new(Inner { directory, memory, disk, spools: Mutex::default() }))
+        Self(Arc::new(Inner { directory, memory, disk, table: Mutex::default() }))
     }
 
     /// The length in bytes of a NAR that is there or on its way.
     #[must_use]
     pub fn len_of(&self, nar: &NarHash) -> Option<u64> {
-        self.lock().get(nar)?.spool.joinable_len()
+        self.lock().spools.get(nar)?.spool.joinable_len()
     }
 
     /// Joins the download of a NAR, or begins it, kept `whole` in memory or not. May be dropped midway. It waits while there is
@@ -119,33 +134,33 @@ impl Spools {
     /// Begins the download of a NAR that nobody waits for yet, kept whole in memory. `None`: it is there, or there is no room.
     #[must_use]
     pub fn prepare(&self, nar: &NarHash, size: u64) -> Option<SpoolWriter> {
-        let mut spools = self.lock();
-        if spools.contains_key(nar) {
+        let mut table = self.lock();
+        if table.is_closed || table.spools.contains_key(nar) {
             return None;
         }
         // For what may never be asked for only what was read already is given up.
-        let reserved = make_room(&mut spools, &self.0.memory, size, Spool::was_read)?;
+        let reserved = table.make_room(&self.0.memory, size, Spool::was_read)?;
         let writer = Spool::begin(size, Keep::All, None, vec![reserved]);
-        insert(&mut spools, nar, &writer);
+        table.insert(nar, &writer);
         Some(writer)
     }
 
     fn try_begin(&self, nar: &NarHash, size: u64, whole: bool) -> Option<Begin> {
-        let mut spools = self.lock();
-        let mut is_shared = false;
-        if let Some(entry) = spools.get_mut(nar) {
-            if let Some(reader) = self.join(&entry.spool) {
-                entry.used = Instant::now();
-                return Some(Begin::Read(reader));
-            }
-            is_shared = !entry.spool.is_idle();
+        let mut table = self.lock();
+        if table.is_closed {
+            return Some(Begin::Closed);
         }
+        let there = table.spools.get(nar).map(|entry| Arc::clone(&entry.spool));
+        if let Some(reader) = there.as_ref().and_then(|spool| self.join(&mut table, nar, spool)) {
+            return Some(Begin::Read(reader));
+        }
+        let is_shared = there.is_some_and(|spool| !spool.is_idle());
         let mut reserved = Vec::new();
         if whole {
-            reserved.push(make_room(&mut spools, &self.0.memory, size, |_| true)?);
+            reserved.push(table.make_room(&self.0.memory, size, |_| true)?);
         }
         // Somebody is too far ahead to be joined: so others may come after this one too.
-        let file = if is_shared && !whole { self.file(&mut spools, size) } else { None };
+        let file = if is_shared && !whole { self.file(&mut table, size) } else { None };
         let keep = match (&file, whole) {
             (_, true) => Keep::All,
             (Some(_), false) => Keep::File,
@@ -155,29 +170,27 @@ impl Spools {
         reserved.extend(on_disk);
         let writer = Spool::begin(size, keep, file, reserved);
         let reader = writer.spool().read()?;
-        insert(&mut spools, nar, &writer);
+        table.insert(nar, &writer);
         Some(Begin::Write(writer, reader))
     }
 
     /// A second reader needs the file that the first did without.
-    fn join(&self, spool: &Arc<Spool>) -> Option<SpoolReader> {
+    fn join(&self, table: &mut Table, nar: &NarHash, spool: &Arc<Spool>) -> Option<SpoolReader> {
         let reader = spool.read()?;
+        if let Some(entry) = table.spools.get_mut(nar) {
+            entry.used = Instant::now();
+        }
         if spool.wants_file()
-            && let Some((file, reserved)) = self.new_file(reader.total())
+            && let Some((file, reserved)) = self.file(table, reader.total())
         {
             spool.give_file(file, reserved);
         }
         Some(reader)
     }
 
-    fn file(&self, spools: &mut HashMap<NarHash, Entry>, size: u64) -> Option<(File, Reserved)> {
-        drop(make_room(spools, &self.0.disk, size, |_| true)?);
-        self.new_file(size)
-    }
-
-    fn new_file(&self, size: u64) -> Option<(File, Reserved)> {
+    fn file(&self, table: &mut Table, size: u64) -> Option<(File, Reserved)> {
         let directory = self.0.directory.as_ref()?;
-        let reserved = self.0.disk.reserve(size)?;
+        let reserved = table.make_room(&self.0.disk, size, |_| true)?;
         match tempfile::tempfile_in(directory) {
             Ok(file) => Some((file, reserved)),
             Err(error) => {
@@ -188,11 +201,11 @@ impl Spools {
         }
     }
 
-    /// Lets go what nobody has asked for in a while.
+    /// Lets go what nobody has asked for in a while, and what nobody can join any more.
     pub fn sweep(&self, now: Instant) {
-        self.lock().retain(|_, entry| {
-            let is_old = now.saturating_duration_since(entry.used) >= IDLE || !entry.spool.is_complete();
-            let goes = entry.spool.is_idle() && is_old;
+        self.lock().spools.retain(|_, entry| {
+            let is_old = now.saturating_duration_since(entry.used) >= IDLE;
+            let goes = entry.spool.is_idle() && (is_old || entry.spool.joinable_len().is_none());
             if goes {
                 entry.spool.begin_to_close();
             }
@@ -202,8 +215,10 @@ impl Spools {
 
     /// Closes all: lets nobody in any more, and waits until all readers have left.
     pub async fn close(&self, within: Duration) -> Result<(), StillRead> {
-        let all: Vec<Entry> = self.lock().drain().map(|(_, entry)| entry).collect();
-        let closed = futures_util::future::join_all(all.iter().map(|entry| entry.spool.close(within))).await;
+        let all = self.lock().close();
+        // Who waits for memory waits in vain.
+        self.0.memory.freed.notify_waiters();
+        let closed = futures_util::future::join_all(all.iter().map(|spool| spool.close(within))).await;
         let late: usize = closed.iter().filter_map(|closed| closed.as_ref().err()).map(|e| e.readers).sum();
         if late == 0 { Ok(()) } else { Err(StillRead { readers: late, waited: within }) }
     }
@@ -215,47 +230,66 @@ impl Spools {
         (taken(&self.0.memory), taken(&self.0.disk))
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<NarHash, Entry>> {
-        self.0.spools.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn insert(spools: &mut HashMap<NarHash, Entry>, nar: &NarHash, writer: &SpoolWriter) {
-    if spools.len() >= MAX_SPOOLS {
-        evict(spools, |_| true);
-    }
-    // What was there before has failed, or is read on by those who have it.
-    spools.insert(*nar, Entry { spool: Arc::clone(writer.spool()), used: Instant::now() });
-}
-
-/// Reserves, and gives up what was least recently used for it, of what may go.
-fn make_room(
-    spools: &mut HashMap<NarHash, Entry>,
-    budget: &Arc<Budget>,
-    size: u64,
-    may_go: impl Fn(&Spool) -> bool,
-) -> Option<Reserved> {
-    if size > budget.limit {
-        return None;
-    }
-    loop {
-        if let Some(reserved) = budget.reserve(size) {
-            return Some(reserved);
+impl Table {
+    fn insert(&mut self, nar: &NarHash, writer: &SpoolWriter) {
+        if self.spools.len() >= MAX_SPOOLS {
+            self.evict(|_| true);
         }
-        if !evict(spools, &may_go) {
+        let entry = Entry { spool: Arc::clone(writer.spool()), used: Instant::now() };
+        // What was there before has failed, or is read on by those who have it.
+        if let Some(before) = self.spools.insert(*nar, entry) {
+            before.spool.begin_to_close();
+            self.left.retain(|spool| spool.strong_count() > 0);
+            self.left.push(Arc::downgrade(&before.spool));
+        }
+    }
+
+    /// Reserves, and gives up what was least recently used for it, of what takes some of this budget and may go.
+    fn make_room(
+        &mut self,
+        budget: &Arc<Budget>,
+        size: u64,
+        may_go: impl Fn(&Spool) -> bool,
+    ) -> Option<Reserved> {
+        if size > budget.limit {
             return None;
         }
+        loop {
+            if let Some(reserved) = budget.reserve(size) {
+                return Some(reserved);
+            }
+            if !self.evict(|spool| spool.takes_of(budget) && may_go(spool)) {
+                return None;
+            }
+        }
     }
-}
 
-/// Gives up the least recently used spool that nobody reads or writes. False: there is none.
-fn evict(spools: &mut HashMap<NarHash, Entry>, may_go: impl Fn(&Spool) -> bool) -> bool {
-    let idle = spools.iter().filter(|(_, entry)| entry.spool.is_idle() && may_go(&entry.spool));
-    let Some(oldest) = idle.min_by_key(|(_, entry)| entry.used).map(|(nar, _)| *nar) else { return false };
-    if let Some(entry) = spools.remove(&oldest) {
-        entry.spool.begin_to_close();
+    /// Gives up the least recently used spool that nobody reads or writes. False: there is none.
+    fn evict(&mut self, may_go: impl Fn(&Spool) -> bool) -> bool {
+        let idle = self.spools.iter().filter(|(_, entry)| entry.spool.is_idle() && may_go(&entry.spool));
+        let Some(oldest) = idle.min_by_key(|(_, entry)| entry.used).map(|(nar, _)| *nar) else {
+            return false;
+        };
+        if let Some(entry) = self.spools.remove(&oldest) {
+            entry.spool.begin_to_close();
+        }
+        true
     }
-    true
+
+    /// Gives all that may still be read, for now and for whoever closes once more.
+    fn close(&mut self) -> Vec<Arc<Spool>> {
+        self.is_closed = true;
+        let found = self.spools.drain().map(|(_, entry)| entry.spool);
+        let left = self.left.drain(..).filter_map(|spool| spool.upgrade());
+        let all: Vec<_> = found.chain(left).collect();
+        self.left = all.iter().map(Arc::downgrade).collect();
+        all
+    }
 }
 
 #[cfg(test)]

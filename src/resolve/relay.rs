@@ -133,6 +133,7 @@ impl RelayedNar {
                 relays.download(NarUrl { nar_hash: Some(*nar_hash), ..*url }, holder, whole, writer);
                 reader
             }
+            Begin::Closed => return None,
         };
         relays.prepare(&url.hash);
         match reader.ready().await {

@@ -6,6 +6,7 @@
 mod clients;
 mod collection;
 mod command_line;
+mod disk_full;
 mod downloads;
 mod lan;
 mod limits;
