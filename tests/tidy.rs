@@ -42,9 +42,12 @@ fn source_files() -> Vec<(PathBuf, String)> {
     files
 }
 
-/// The part before the tests.
+/// The part before the tests, which may import something for them.
 fn code(text: &str) -> &str {
-    text.split("\n#[cfg(test)]").next().unwrap()
+    let tests =
+        ["mod", "pub(super) mod", "pub(crate) mod"].map(|module| format!("\n#[cfg(test)]\n{module} "));
+    let end = tests.iter().filter_map(|begin| text.find(begin)).min();
+    &text[..end.unwrap_or(text.len())]
 }
 
 fn module(path: &Path) -> String {

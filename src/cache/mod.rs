@@ -5,6 +5,7 @@
 mod misses;
 mod peer_cache;
 mod spool;
+mod spool_state;
 mod spools;
 
 use std::time::Duration;
@@ -13,7 +14,8 @@ use serde::Deserialize;
 
 pub use misses::{Misses, Question};
 pub use peer_cache::{Origin, PeerCache, Served};
-pub use spool::{Appender, Deserted, Piece, SpoolError, SpoolReader, SpoolWriter, StillRead};
+pub use spool::{Appender, Deserted, SpoolReader, SpoolWriter, StillRead};
+pub use spool_state::{Piece, SpoolError};
 pub use spools::{Begin, Spools};
 
 /// `[cache]`

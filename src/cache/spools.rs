@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use super::spool::{Keep, Spool, SpoolReader, SpoolWriter, StillRead};
+use super::spool::{Spool, SpoolReader, SpoolWriter, StillRead};
+use super::spool_state::Keep;
 use crate::nix::NarHash;
 
 /// After how long what nobody asked for goes.
