@@ -2,6 +2,8 @@
 //!
 //! A hint, never a promise: whoever reads it asks the peer named, and corrects it when that proves wrong.
 
+use std::time::Instant;
+
 use moka::sync::Cache;
 
 use super::Options;
@@ -28,6 +30,8 @@ pub struct Served {
     pub nar_size: u64,
     /// Where the NAR lies below that cache.
     pub nar_path: String,
+    /// When a peer said so.
+    pub told: Option<Instant>,
 }
 
 /// Who served which narinfo. Cheap to clone: all clones are one cache.
@@ -76,6 +80,7 @@ mod tests {
             nar_hash: NarHash::from_digest([1; 32]),
             nar_size: 1,
             nar_path: String::new(),
+            told: None,
         };
         let peer = Origin::Peer(PeerId::instance("a"));
         cache.remember(hash, by(Origin::Localhost));

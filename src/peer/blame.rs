@@ -1,8 +1,8 @@
 //! How a peer stands: what it did well and badly, and for how long it is not asked because of that.
 //!
 //! Pure: outcomes and the time in, pauses out. Knows neither who the peer is nor where, so that neither a new address nor
-//! a new name makes a failure undone. The one invariant: lies cost more and more until something that was delivered has
-//! proven right, however well the peer answers in between.
+//! a new name makes a failure undone. The one invariant: lies, and NARs that do not come, cost more and more until
+//! something that was delivered has proven right, however well the peer answers in between.
 
 use std::time::{Duration, Instant};
 
@@ -12,14 +12,16 @@ pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(500);
 pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 /// Who is heard of again is tried again after this at the latest, unless it lied.
 pub(super) const PAUSE_WHEN_SEEN: Duration = Duration::from_secs(2);
-/// Lies that are older than this count no more.
-const LIES_REMEMBERED: Duration = Duration::from_secs(600);
+/// Lies, and NARs that did not come, that are older than this count no more.
+const REMEMBERED: Duration = Duration::from_secs(600);
 
 /// How a peer failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
     /// No answer, or none that is of use.
     NoAnswer,
+    /// It said that it has a NAR, which did not come. That it answers other questions is no excuse.
+    NoDelivery,
     /// What it said is not so. That it is there and says so is no excuse.
     Lie,
 }
@@ -35,6 +37,8 @@ pub struct Standing {
     pub successes: u64,
     /// Lies that nothing has made up for.
     lies: u32,
+    /// NARs that did not come, since one did.
+    undelivered: u32,
     /// Not asked before then.
     paused_until: Option<Instant>,
     /// When a failure was counted last.
@@ -45,8 +49,8 @@ impl Standing {
     /// It answered as it should. True: it had failed before, and is back.
     pub(super) fn answered(&mut self) -> bool {
         self.successes += 1;
-        // A liar answers too; its pause runs out by itself.
-        if self.lies == 0 {
+        // A liar answers too, and so does who has narinfos and no NARs; their pauses run out by themselves.
+        if self.lies == 0 && self.undelivered == 0 {
             self.paused_until = None;
         }
         std::mem::take(&mut self.failures_in_a_row) > 0
@@ -54,7 +58,7 @@ impl Standing {
 
     /// What it delivered has proven right.
     pub(super) fn proved_right(&mut self) {
-        self.lies = 0;
+        (self.lies, self.undelivered) = (0, 0);
     }
 
     /// A request to it that began then failed. Requests that were under way together fail together, and count as one.
@@ -63,18 +67,25 @@ impl Standing {
         self.failures += 1;
         let before = self.failed_last.replace(now);
         if self.is_paused(now) || before.is_some_and(|last| began < last) {
+            // No more of a pause; but the answers of others that were under way must not make it undone.
+            match failure {
+                Failure::NoAnswer => {}
+                Failure::NoDelivery => self.undelivered = self.undelivered.max(1),
+                Failure::Lie => self.lies = self.lies.max(1),
+            }
             return None;
         }
-        if before.is_some_and(|last| now.saturating_duration_since(last) >= LIES_REMEMBERED) {
-            self.lies = 0;
+        if before.is_some_and(|last| now.saturating_duration_since(last) >= REMEMBERED) {
+            (self.lies, self.undelivered) = (0, 0);
         }
         let is_first = self.failures_in_a_row == 0;
         self.failures_in_a_row = self.failures_in_a_row.saturating_add(1);
-        if failure == Failure::Lie {
-            self.lies = self.lies.saturating_add(1);
+        match failure {
+            Failure::NoAnswer => {}
+            Failure::NoDelivery => self.undelivered = self.undelivered.saturating_add(1),
+            Failure::Lie => self.lies = self.lies.saturating_add(1),
         }
-        let doublings = (self.failures_in_a_row.max(self.lies) - 1).min(16);
-        let pause = FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE);
+        let pause = pause_after(self.failures_in_a_row.max(self.lies).max(self.undelivered));
         self.paused_until = Some(now + pause);
         is_first.then_some(pause)
     }
@@ -82,7 +93,8 @@ impl Standing {
     /// It said that it is there, wherever that is: whatever failed on the way to it, it is tried again soon.
     pub(super) fn seen(&mut self, now: Instant) {
         if self.lies == 0 {
-            self.paused_until = self.paused_until.map(|until| until.min(now + PAUSE_WHEN_SEEN));
+            let soon = now + PAUSE_WHEN_SEEN.max(pause_after(self.undelivered));
+            self.paused_until = self.paused_until.map(|until| until.min(soon));
         }
     }
 
@@ -101,6 +113,12 @@ impl Standing {
     pub(super) fn never_answered(&self) -> bool {
         self.successes == 0 && self.failures > 0
     }
+}
+
+/// The pause after so many failures.
+fn pause_after(failures: u32) -> Duration {
+    let doublings = failures.saturating_sub(1).min(16);
+    FIRST_PAUSE.saturating_mul(1 << doublings).min(LONGEST_PAUSE)
 }
 
 #[cfg(test)]
@@ -174,8 +192,55 @@ mod tests {
         standing.proved_right();
         assert_eq!(lies(&mut standing), FIRST_PAUSE);
         assert_eq!(lies(&mut standing), FIRST_PAUSE * 2);
-        now += LIES_REMEMBERED;
+        now += REMEMBERED;
         standing.failed(Failure::NoAnswer, now, now);
         assert!(pause(&standing, now) <= FIRST_PAUSE * 2, "{:?}", pause(&standing, now));
+    }
+
+    #[test]
+    fn nars_that_do_not_come_add_up_until_one_does() {
+        let (mut standing, mut now) = (Standing::default(), Instant::now());
+        let mut fails = |standing: &mut Standing| {
+            now += LONGEST_PAUSE;
+            standing.answered();
+            assert!(standing.failed(Failure::NoDelivery, now, now).is_some());
+            // Neither an answer that was under way nor an announcement makes it cheaper.
+            standing.answered();
+            standing.seen(now);
+            pause(standing, now)
+        };
+        for doublings in 0..5 {
+            assert_eq!(fails(&mut standing), FIRST_PAUSE * (1 << doublings));
+        }
+        standing.proved_right();
+        assert_eq!(fails(&mut standing), FIRST_PAUSE);
+    }
+
+    #[test]
+    fn who_left_in_the_middle_of_a_nar_is_asked_soon_after_it_is_back() {
+        let (mut standing, mut now) = (Standing::default(), Instant::now());
+        standing.failed(Failure::NoDelivery, now, now);
+        for _ in 0..8 {
+            now += LONGEST_PAUSE;
+            standing.failed(Failure::NoAnswer, now, now);
+        }
+        standing.seen(now);
+        assert_eq!(pause(&standing, now), PAUSE_WHEN_SEEN);
+    }
+
+    #[test]
+    fn what_fails_during_a_pause_counts_once_all_the_same() {
+        for failure in [Failure::Lie, Failure::NoDelivery] {
+            let (mut standing, now) = (Standing::default(), Instant::now());
+            standing.failed(Failure::NoAnswer, now, now);
+            for _ in 0..9 {
+                standing.failed(failure, now, now);
+            }
+            standing.answered();
+            assert_eq!(pause(&standing, now), FIRST_PAUSE, "an answer does not end the pause of {failure:?}");
+            let later = now + LONGEST_PAUSE;
+            standing.failed(failure, later, later);
+            assert_eq!(pause(&standing, later), FIRST_PAUSE * 2);
+        }
     }
 }

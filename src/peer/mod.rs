@@ -233,6 +233,15 @@ impl Peers {
 
     /// It failed. Our own failures are not counted against it.
     pub fn failed(&self, id: &PeerId, error: &FetchError, after: Duration) {
+        self.count(id, Failure::NoAnswer, error, after);
+    }
+
+    /// A NAR that it said it has did not come. Our own failures are not counted against it.
+    pub fn did_not_deliver(&self, id: &PeerId, error: &FetchError, after: Duration) {
+        self.count(id, Failure::NoDelivery, error, after);
+    }
+
+    fn count(&self, id: &PeerId, failure: Failure, error: &FetchError, after: Duration) {
         let outcome = match error.blame() {
             Blame::Peer => "wrong",
             Blame::Network => "unreachable",
@@ -242,7 +251,7 @@ impl Peers {
         if error.blame() != Blame::Us {
             let now = Instant::now();
             let began = now.checked_sub(after).unwrap_or(now);
-            let pause = self.registry().failed(id, Failure::NoAnswer, began, now);
+            let pause = self.registry().failed(id, failure, began, now);
             self.tell_pause(id, pause, error);
         }
         tracing::debug!(peer.id = %id, %error, "a peer gave no answer");

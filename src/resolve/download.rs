@@ -24,6 +24,8 @@ const TRIES: usize = 4;
 pub(super) const LOWEST_RATE: u64 = 256 * 1024;
 /// A shorter piece is copied: as it comes it may hold on to a far larger buffer.
 const COPIED: usize = 64 * 1024;
+/// Who said so long ago that it has a path may honestly have collected it since.
+const FRESH: Duration = Duration::from_secs(60);
 
 /// Why a NAR did not come.
 #[derive(Debug, Error)]
@@ -80,6 +82,8 @@ pub(super) struct Download {
     is_repeated: bool,
     /// Who sent the bytes that came.
     senders: Vec<PeerId>,
+    /// When the latest wait for a peer began.
+    waits_since: Instant,
 }
 
 impl Download {
@@ -108,6 +112,7 @@ impl Download {
             given_digest: [0; 32],
             is_repeated: false,
             senders: Vec::new(),
+            waits_since: Instant::now(),
         }
     }
 
@@ -117,13 +122,12 @@ impl Download {
         let mut holder = Some(first);
         let mut last_error = None;
         while let Some(Holder { peer, served }) = holder {
-            let began = Instant::now();
             match self.from(&peer, &served.nar_path).await {
                 Ok(()) => return self.writer.finish(),
                 Err(DownloadError::Deserted(_) | DownloadError::Stopped) => return,
                 Err(error @ DownloadError::GivenOut) => return self.writer.fail(error),
                 Err(error) => {
-                    self.blame(&peer, &error, began.elapsed());
+                    self.blame(&peer, &served, &error);
                     if matches!(error, DownloadError::Hash) {
                         self.begin_anew();
                     }
@@ -146,21 +150,23 @@ impl Download {
 
     /// Goes on with this peer where the one before has ended.
     async fn from(&mut self, peer: &PeerId, path: &str) -> Result<(), DownloadError> {
-        let (began, before) = (Instant::now(), self.got);
+        let before = self.got;
         let known = self.holders.peers.get(peer).ok_or(DownloadError::NotThere)?;
         let _in_flight = self.holders.peers.began(peer);
-        let stall = self.stall;
-        let arriving = self.holders.peers.client(&known)?.file(path, self.got, stall).await?;
+        let mut pace = Pace::new(self.stall);
+        self.waits_since = Instant::now();
+        let arriving = self.holders.peers.client(&known)?.file(path, self.got, self.stall).await?;
+        pace.all_waits += self.waits_since.elapsed();
         let mut arriving = arriving.ok_or(DownloadError::NotThere)?;
         let announced = arriving.remaining().map(|left| arriving.offset.saturating_add(left));
         if let Some(got) = announced.filter(|announced| *announced != self.nar_size) {
             return Err(DownloadError::Length { got, expected: self.nar_size });
         }
-        let mut pace = Pace::new(stall);
         let mut skip = self.got - arriving.offset;
         let mut is_sender = false;
         while self.got < self.nar_size {
             self.writer.room().await?;
+            self.waits_since = Instant::now();
             let Some(mut chunk) = pace.next(&mut arriving).await? else {
                 return Err(DownloadError::Length { got: self.got, expected: self.nar_size });
             };
@@ -177,7 +183,7 @@ impl Download {
             self.take(chunk).await?;
         }
         self.prove().await?;
-        self.holders.peers.delivered(peer, self.got - before, began.elapsed());
+        self.holders.peers.delivered(peer, self.got - before, pace.all_waits);
         Ok(())
     }
 
@@ -253,9 +259,14 @@ impl Download {
         self.is_repeated = self.given > 0;
     }
 
-    fn blame(&self, peer: &PeerId, error: &DownloadError, after: Duration) {
+    fn blame(&self, peer: &PeerId, served: &Served, error: &DownloadError) {
+        // A download takes long: what failed elsewhere since its beginning says nothing of its latest wait.
+        let after = self.waits_since.elapsed();
         match error {
-            DownloadError::Fetch(error) => self.holders.peers.failed(peer, error, after),
+            DownloadError::Fetch(error) => self.holders.peers.did_not_deliver(peer, error, after),
+            DownloadError::NotThere if served.told.is_some_and(|told| told.elapsed() < FRESH) => {
+                self.holders.peers.did_not_deliver(peer, &FetchError::Status(404), after);
+            }
             DownloadError::Length { .. } => self.holders.peers.lied(peer, &error.to_string()),
             // Of several nobody knows whose bytes were wrong: all are passed over for a while.
             DownloadError::Hash => {
@@ -283,13 +294,15 @@ fn gathered(pieces: Vec<Bytes>) -> Vec<Bytes> {
 /// Whether a peer sends fast enough: nothing for a while is too slow, and so is next to nothing for as long.
 struct Pace {
     stall: Duration,
+    all_waits: Duration,
+    /// Since it was found fast enough.
     waited: Duration,
     came: u64,
 }
 
 impl Pace {
     fn new(stall: Duration) -> Self {
-        Self { stall, waited: Duration::ZERO, came: 0 }
+        Self { stall, all_waits: Duration::ZERO, waited: Duration::ZERO, came: 0 }
     }
 
     /// The next bytes. Only the time that is waited for the peer counts, whatever the readers take.
@@ -297,7 +310,9 @@ impl Pace {
         let began = Instant::now();
         let chunk =
             timeout(self.stall, arriving.chunk()).await.map_err(|_| FetchError::Timeout(self.stall))??;
-        self.waited += began.elapsed();
+        let waited = began.elapsed();
+        self.waited += waited;
+        self.all_waits += waited;
         self.came += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
         if self.waited >= self.stall {
             if (self.came as f64) < LOWEST_RATE as f64 * self.waited.as_secs_f64() {

@@ -39,13 +39,14 @@ impl Holders {
 
     /// The peer that is remembered, or whoever has it now, but for those that were tried. May be dropped midway.
     pub(super) async fn find(&self, url: &NarUrl, tried: &[PeerId]) -> Option<Holder> {
-        let untried = || self.remembered(url).filter(|holder| !tried.contains(&holder.peer));
-        if let Some(found) = untried() {
-            return Some(found);
+        let remembered = self.remembered(url).filter(|holder| !tried.contains(&holder.peer));
+        if remembered.is_some() {
+            return remembered;
         }
         let sought = Sought { hash: url.hash, nar_hash: url.nar_hash, without: tried.to_vec() };
-        self.lookup.find(sought).await?;
-        untried()
+        // Not what is remembered by now: somebody else may have corrected that meanwhile.
+        let found = self.lookup.find(sought).await?;
+        Some(Holder { peer: found.peer, served: found.served })
     }
 
     /// The peer that is remembered for it proved wrong.

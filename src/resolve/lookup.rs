@@ -38,6 +38,7 @@ const FIRST_RETRY: Duration = Duration::from_millis(20);
 pub(super) struct Found {
     pub(super) peer: PeerId,
     pub(super) narinfo: Arc<TrustedNarInfo>,
+    pub(super) served: Served,
 }
 
 /// What is looked for. One flight for each.
@@ -267,9 +268,10 @@ impl Lookup {
                     tracing::debug!(peer.id = %peer.id, "a peer names a NAR in a way that is not known");
                     return None;
                 };
-                let origin = Origin::Peer(peer.id.clone());
-                self.0.parts.cache.remember(*hash, Served { origin, nar_hash, nar_size, nar_path });
-                Some(Found { peer: peer.id.clone(), narinfo: Arc::new(narinfo) })
+                let (origin, told) = (Origin::Peer(peer.id.clone()), Some(Instant::now()));
+                let served = Served { origin, nar_hash, nar_size, nar_path, told };
+                self.0.parts.cache.remember(*hash, served.clone());
+                Some(Found { peer: peer.id.clone(), narinfo: Arc::new(narinfo), served })
             }
             Err(error) => {
                 // A path that was built there and whose key is not trusted here is no lie.

@@ -246,8 +246,8 @@ impl Resolver {
 
     fn remember_local(&self, hash: &StorePathHash, known: &KnownPath) {
         let (nar_hash, nar_size) = (known.info.nar_hash, known.info.nar_size);
-        let nar_path = String::new();
-        self.cache.remember(*hash, Served { origin: Origin::Localhost, nar_hash, nar_size, nar_path });
+        let (origin, nar_path) = (Origin::Localhost, String::new());
+        self.cache.remember(*hash, Served { origin, nar_hash, nar_size, nar_path, told: None });
     }
 
     /// A peer's narinfo as we pass it on: our URL in the place of the peer's, and our signature where it may stand.

@@ -140,3 +140,23 @@ fn a_head_fetches_nothing_and_small_nars_come_before_they_are_asked_for() {
     eventually("the other one was prepared", || (asked.load(Ordering::SeqCst) == 2).then_some(()));
     assert_eq!(daemon.metric("peernix_relays_prepared_total"), 1.0);
 }
+
+#[test]
+fn a_peer_that_has_narinfos_and_no_nars_is_asked_less_and_less() {
+    let honest = honest(1000);
+    let missing: fn(Vec<u8>) -> Script = |_| Script { status: 404, ..Script::ok(Vec::new()) };
+    let broken: fn(Vec<u8>) -> Script = |nar| half(nar, Then::Closes);
+    for nar in [missing, broken] {
+        let peer = peer(&honest, false, nar);
+        let (daemon, _store) = relaying(&honest.key, &[peer.url()], "");
+        let pauses = eventually("its pauses add up, though it answers well in between", || {
+            if ask(&daemon, &honest.path).status == 200 {
+                assert_eq!(get(&daemon.url(&honest.nar_url)).status, 404);
+            }
+            let told = daemon.logged("a peer failed and is not asked for a while");
+            let pauses: Vec<u64> = told.iter().filter_map(|line| line["pause_ms"].as_u64()).collect();
+            (pauses.len() >= 3).then_some(pauses)
+        });
+        assert_eq!(pauses[..3], [500, 1000, 2000]);
+    }
+}
