@@ -22,7 +22,8 @@ use crate::peer::{Arriving, FetchError, PeerId};
 const TRIES: usize = 4;
 /// A peer that sends fewer bytes a second than this is as good as one that stalls.
 pub(super) const LOWEST_RATE: u64 = 256 * 1024;
-/// A shorter piece is copied: as it comes it may hold on to a far larger buffer.
+/// Shorter pieces are copied and gathered until they are as long: each costs a step of the hash and of the spool, and
+/// may hold on to a far larger buffer.
 const COPIED: usize = 64 * 1024;
 /// Who said so long ago that it has a path may honestly have collected it since.
 const FRESH: Duration = Duration::from_secs(60);
@@ -75,6 +76,8 @@ pub(super) struct Download {
     got: u64,
     /// The latest bytes, or all of them: what was not given out.
     held: Vec<Bytes>,
+    /// Short pieces behind those, not hashed yet.
+    tail: BytesMut,
     /// How many bytes were given out, and the digest of those: what comes from another peer has to begin with the same.
     given: u64,
     given_digest: [u8; 32],
@@ -108,6 +111,7 @@ impl Download {
             hasher: Sha256::new(),
             got: 0,
             held: Vec::new(),
+            tail: BytesMut::new(),
             given: 0,
             given_digest: [0; 32],
             is_repeated: false,
@@ -187,7 +191,7 @@ impl Download {
         Ok(())
     }
 
-    /// Takes the next bytes, and gives out those before.
+    /// Takes the next bytes.
     async fn take(&mut self, chunk: Bytes) -> Result<(), DownloadError> {
         let end = self.got + chunk.len() as u64;
         if end > self.nar_size {
@@ -196,12 +200,25 @@ impl Download {
         if self.is_repeated {
             return self.compare(chunk).await;
         }
+        self.got = end;
+        if chunk.len() >= COPIED && self.tail.is_empty() {
+            return self.hold(chunk).await;
+        }
+        self.tail.extend_from_slice(&chunk);
+        if self.tail.len() < COPIED && self.got < self.nar_size {
+            return Ok(());
+        }
+        let gathered = self.tail.split().freeze();
+        self.hold(gathered).await
+    }
+
+    /// Hashes and holds the next bytes, and gives out those before.
+    async fn hold(&mut self, bytes: Bytes) -> Result<(), DownloadError> {
         if !self.whole {
             self.give_out().await?;
         }
-        self.hasher.update(&chunk);
-        self.got = end;
-        self.held.push(if chunk.len() < COPIED { Bytes::copy_from_slice(&chunk) } else { chunk });
+        self.hasher.update(&bytes);
+        self.held.push(bytes);
         Ok(())
     }
 
@@ -221,12 +238,12 @@ impl Download {
         if rest.is_empty() { Ok(()) } else { Box::pin(self.take(rest)).await }
     }
 
-    /// Gives out all that is held. The hash of it is that of everything so far.
+    /// Gives out all that is held. The hash so far is that of everything that was given out then.
     async fn give_out(&mut self) -> Result<(), DownloadError> {
         if self.held.is_empty() {
             return Ok(());
         }
-        self.given = self.got;
+        self.given += self.held.iter().map(|bytes| bytes.len() as u64).sum::<u64>();
         self.given_digest = self.hasher.clone().finalize().into();
         for bytes in std::mem::take(&mut self.held) {
             let appender = self.writer.appender();
@@ -244,9 +261,6 @@ impl Download {
         if NarHash::from_digest(digest.into()) != self.nar_hash {
             return Err(DownloadError::Hash);
         }
-        if self.whole {
-            self.held = gathered(std::mem::take(&mut self.held));
-        }
         self.give_out().await
     }
 
@@ -255,6 +269,7 @@ impl Download {
         self.hasher = Sha256::new();
         self.got = 0;
         self.held.clear();
+        self.tail.clear();
         self.senders.clear();
         self.is_repeated = self.given > 0;
     }
@@ -279,16 +294,6 @@ impl Download {
         }
         tracing::debug!(peer.id = %peer, %error, got_bytes = self.got, "a NAR does not come from this peer");
     }
-}
-
-/// One piece of many small ones.
-fn gathered(pieces: Vec<Bytes>) -> Vec<Bytes> {
-    if pieces.len() < 2 || pieces.iter().any(|piece| piece.len() >= COPIED) {
-        return pieces;
-    }
-    let mut all = BytesMut::with_capacity(pieces.iter().map(Bytes::len).sum());
-    pieces.iter().for_each(|piece| all.extend_from_slice(piece));
-    vec![all.freeze()]
 }
 
 /// Whether a peer sends fast enough: nothing for a while is too slow, and so is next to nothing for as long.

@@ -160,3 +160,24 @@ fn a_peer_that_has_narinfos_and_no_nars_is_asked_less_and_less() {
         assert_eq!(pauses[..3], [500, 1000, 2000]);
     }
 }
+
+#[test]
+fn a_peer_that_sends_each_byte_by_itself_takes_no_more_memory_than_its_bytes() {
+    let honest = honest(1 << 20);
+    let peer = peer(&honest, false, |nar| Script { byte_chunks: true, ..Script::ok(nar) });
+    // Hashed and held together first; each by itself they would take some 50 bytes a byte.
+    for verify_first in ["4MiB", "0B"] {
+        let settings = format!("[resolve]\nverify_first = {verify_first:?}\nstall = \"60s\"");
+        let (daemon, _store) = relaying(&honest.key, &[peer.url()], &settings);
+        assert_eq!(ask(&daemon, &honest.path).status, 200);
+        let most_memory = || {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+            line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+        };
+        let before = most_memory();
+        assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar);
+        let more = most_memory() - before;
+        assert!(more < 24 << 20, "{more} bytes for a NAR of {}", honest.nar.len());
+    }
+}

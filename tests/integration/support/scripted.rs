@@ -15,6 +15,8 @@ pub struct Script {
     pub status: u16,
     /// Content-Length.
     pub length: Option<usize>,
+    /// Whether each byte is a chunk of its own.
+    pub byte_chunks: bool,
     pub body: Vec<u8>,
     /// What it does after the body.
     pub then: Then,
@@ -32,7 +34,14 @@ pub enum Then {
 
 impl Script {
     pub fn ok(body: Vec<u8>) -> Self {
-        Self { status: 200, length: Some(body.len()), body, then: Then::Closes, ranges: false }
+        Self {
+            status: 200,
+            length: Some(body.len()),
+            byte_chunks: false,
+            body,
+            then: Then::Closes,
+            ranges: false,
+        }
     }
 }
 
@@ -91,6 +100,16 @@ fn answer(socket: TcpStream, say: &dyn Fn(&str) -> Script, log: &Mutex<Vec<Strin
         script.body.drain(..from);
         (script.status, script.length) = (206, Some(total - from));
         part = format!("content-range: bytes {from}-{}/{total}\r\n", total - 1);
+    }
+    if script.byte_chunks {
+        part = "transfer-encoding: chunked\r\n".to_owned();
+        let mut chunks = Vec::with_capacity(script.body.len() * 6 + 5);
+        script
+            .body
+            .iter()
+            .for_each(|byte| chunks.extend_from_slice(&[b'1', b'\r', b'\n', *byte, b'\r', b'\n']));
+        chunks.extend_from_slice(b"0\r\n\r\n");
+        (script.body, script.length) = (chunks, None);
     }
     let length = script.length.map_or(String::new(), |length| format!("content-length: {length}\r\n"));
     let mut socket = socket;
