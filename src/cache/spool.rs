@@ -153,6 +153,12 @@ impl Spool {
 }
 
 impl SpoolWriter {
+    /// The length of the whole, in bytes.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.spool.total
+    }
+
     pub(super) fn spool(&self) -> &Arc<Spool> {
         &self.spool
     }

@@ -152,7 +152,9 @@ impl Spools {
             return Some(Begin::Closed);
         }
         let there = table.spools.get(nar).map(|entry| Arc::clone(&entry.spool));
-        if let Some(reader) = there.as_ref().and_then(|spool| self.join(&mut table, nar, spool)) {
+        // One of another length has a wrong claim for NarSize, or this caller has: they share nothing.
+        let same = there.as_ref().filter(|spool| spool.joinable_len() == Some(size));
+        if let Some(reader) = same.and_then(|spool| self.join(&mut table, nar, spool)) {
             return Some(Begin::Read(reader));
         }
         let is_shared = there.is_some_and(|spool| !spool.is_idle());

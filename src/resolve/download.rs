@@ -37,6 +37,9 @@ pub(super) enum DownloadError {
     /// It had the narinfo, and not the NAR.
     #[error("the peer has the narinfo and not the NAR")]
     NotThere,
+    /// A content address proves no NarSize: who tells another one may well be right, and has nothing to do with this download.
+    #[error("the peer tells another NarSize")]
+    OtherSize,
     /// More or fewer bytes than NarSize.
     #[error("the peer sent {got} bytes of a NAR of {expected}")]
     Length {
@@ -93,7 +96,7 @@ impl Download {
     pub(super) fn new(
         holders: Holders,
         url: NarUrl,
-        served: &Served,
+        nar_hash: NarHash,
         stall: Duration,
         whole: bool,
         writer: SpoolWriter,
@@ -104,8 +107,8 @@ impl Download {
             metrics,
             stall,
             url,
-            nar_hash: served.nar_hash,
-            nar_size: served.nar_size,
+            nar_hash,
+            nar_size: writer.total(),
             whole,
             writer,
             hasher: Sha256::new(),
@@ -126,7 +129,7 @@ impl Download {
         let mut holder = Some(first);
         let mut last_error = None;
         while let Some(Holder { peer, served }) = holder {
-            match self.from(&peer, &served.nar_path).await {
+            match self.from(&peer, &served).await {
                 Ok(()) => return self.writer.finish(),
                 Err(DownloadError::Deserted(_) | DownloadError::Stopped) => return,
                 Err(error @ DownloadError::GivenOut) => return self.writer.fail(error),
@@ -153,13 +156,17 @@ impl Download {
     }
 
     /// Goes on with this peer where the one before has ended.
-    async fn from(&mut self, peer: &PeerId, path: &str) -> Result<(), DownloadError> {
+    async fn from(&mut self, peer: &PeerId, served: &Served) -> Result<(), DownloadError> {
+        if served.nar_size != self.nar_size {
+            return Err(DownloadError::OtherSize);
+        }
         let before = self.got;
         let known = self.holders.peers.get(peer).ok_or(DownloadError::NotThere)?;
         let _in_flight = self.holders.peers.began(peer);
         let mut pace = Pace::new(self.stall);
         self.waits_since = Instant::now();
-        let arriving = self.holders.peers.client(&known)?.file(path, self.got, self.stall).await?;
+        let arriving =
+            self.holders.peers.client(&known)?.file(&served.nar_path, self.got, self.stall).await?;
         pace.all_waits += self.waits_since.elapsed();
         let mut arriving = arriving.ok_or(DownloadError::NotThere)?;
         let announced = arriving.remaining().map(|left| arriving.offset.saturating_add(left));
@@ -288,6 +295,7 @@ impl Download {
                 self.senders.iter().for_each(|sender| self.holders.peers.lied(sender, &error.to_string()));
             }
             DownloadError::NotThere
+            | DownloadError::OtherSize
             | DownloadError::GivenOut
             | DownloadError::Deserted(_)
             | DownloadError::Stopped => {}

@@ -37,6 +37,12 @@ impl Holders {
         (fits && is_there()).then(|| Holder { peer: peer.clone(), served: served.clone() })
     }
 
+    /// NarSize as it was told last, by a peer that is away by now perhaps.
+    pub(super) fn told_size(&self, url: &NarUrl) -> Option<u64> {
+        let served = self.cache.get(&url.hash)?;
+        url.nar_hash.is_none_or(|wanted| wanted == served.nar_hash).then_some(served.nar_size)
+    }
+
     /// The peer that is remembered, or whoever has it now, but for those that were tried. May be dropped midway.
     pub(super) async fn find(&self, url: &NarUrl, tried: &[PeerId]) -> Option<Holder> {
         let remembered = self.remembered(url).filter(|holder| !tried.contains(&holder.peer));

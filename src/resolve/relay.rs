@@ -49,6 +49,8 @@ impl Relays {
         let (url, relays) = (*url, self.clone());
         if let Some(nar_hash) = url.nar_hash
             && let Some(nar_size) = self.spools.len_of(&nar_hash)
+            // NarSize may be nothing but a claim: what is on its way may be another one's wrong one.
+            && self.holders.told_size(&url) == Some(nar_size)
         {
             return Some(RelayedNar { nar_size, nar_hash, relays, url, holder: None });
         }
@@ -72,7 +74,7 @@ impl Relays {
             if let Some(writer) = self.spools.prepare(&nar_hash, nar_size) {
                 self.metrics.prepared.inc();
                 let url = NarUrl { hash, nar_hash: Some(nar_hash) };
-                self.download(url, holder, true, writer);
+                self.download(url, nar_hash, holder, true, writer);
             }
         }
     }
@@ -90,9 +92,9 @@ impl Relays {
         }
     }
 
-    fn download(&self, url: NarUrl, holder: Holder, whole: bool, writer: SpoolWriter) {
+    fn download(&self, url: NarUrl, nar_hash: NarHash, holder: Holder, whole: bool, writer: SpoolWriter) {
         let (holders, metrics) = (self.holders.clone(), self.metrics.clone());
-        let download = Download::new(holders, url, &holder.served, self.stall, whole, writer, metrics);
+        let download = Download::new(holders, url, nar_hash, self.stall, whole, writer, metrics);
         tokio::spawn(download.run(holder));
     }
 }
@@ -130,7 +132,8 @@ impl RelayedNar {
                     Some(holder) => holder.clone(),
                     None => relays.holders.find(url, &[]).await?,
                 };
-                relays.download(NarUrl { nar_hash: Some(*nar_hash), ..*url }, holder, whole, writer);
+                let url = NarUrl { nar_hash: Some(*nar_hash), ..*url };
+                relays.download(url, *nar_hash, holder, whole, writer);
                 reader
             }
             Begin::Closed => return None,

@@ -4,9 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
+use crate::narinfo::field;
+use crate::support::daemon::Daemon;
 use crate::support::eventually;
 use crate::support::http::{get, head};
 use crate::support::scripted::{Honest, Script, Scripted, Then, ask, honest, relaying};
+use crate::support::store::Store;
 
 /// Large enough to be streamed and not verified first.
 const LARGE: usize = 20 << 20;
@@ -180,4 +183,47 @@ fn a_peer_that_sends_each_byte_by_itself_takes_no_more_memory_than_its_bytes() {
         let more = most_memory() - before;
         assert!(more < 24 << 20, "{more} bytes for a NAR of {}", honest.nar.len());
     }
+}
+
+#[test]
+fn who_tells_a_wrong_nar_size_makes_no_liar_of_who_tells_the_right_one() {
+    let source = Store::new();
+    let text = source.add_text("text", "content-addressed: that proves no NarSize");
+    let honest = Daemon::serve(source.root(), "");
+    let start = |is_right: bool| {
+        let upstream = honest.url("nix-cache");
+        Scripted::start(move |path| {
+            let truth = get(&format!("{upstream}/{path}"));
+            if is_right {
+                // The other one is asked first then.
+                std::thread::sleep(Duration::from_millis(400));
+                return Script { status: truth.status, ..Script::ok(truth.bytes()) };
+            }
+            if path.ends_with(".nar") {
+                return Script { status: 404, ..Script::ok(Vec::new()) };
+            }
+            let told = String::from_utf8(truth.bytes()).unwrap();
+            let size = field(&told, "NarSize").unwrap();
+            Script::ok(told.replace(&format!("Size: {size}\n"), "Size: 4096\n").into_bytes())
+        })
+    };
+    let (wrong, right) = (start(false), start(true));
+    let key = crate::signatures::nix_key(&Store::new(), "stranger-1").1;
+    let settings = "[resolve]\nnarinfo_budget = \"5s\"";
+    let (daemon, _store) = relaying(&key, &[wrong.url(), right.url()], settings);
+    let told = ask(&daemon, &text).text();
+    assert_eq!(field(&told, "NarSize").as_deref(), Some("4096"));
+    let url = daemon.url(&field(&told, "URL").unwrap());
+    assert_eq!(get(&url).status, 404);
+    assert_eq!(right.asked_for(".nar"), 0, "it has no NAR of this length");
+    assert_eq!(daemon.metric("peernix_peer_lies_total"), 0.0);
+    // Once it is known who is right, it comes.
+    eventually("the right one is told", || {
+        let told = ask(&daemon, &text);
+        let is_right = told.status == 200 && field(&told.text(), "NarSize").as_deref() != Some("4096");
+        // Or the wrong one is paused once more.
+        (is_right || get(&url).status == 200).then_some(())
+    });
+    assert_eq!(get(&url).status, 200);
+    assert_eq!(daemon.metric("peernix_peer_lies_total"), 0.0);
 }
