@@ -96,6 +96,16 @@ impl Spool {
         }
     }
 
+    /// Gives it memory for its window.
+    pub(super) fn give_window(&self, reserved: Reserved) {
+        self.lock().window_memory = Some(reserved);
+    }
+
+    /// How much of this budget comes free when it goes.
+    pub(super) fn takes_of(&self, budget: &Arc<Budget>) -> u64 {
+        self.lock().all_reserved().filter(|reserved| reserved.is_of(budget)).map(Reserved::amount).sum()
+    }
+
     /// Whether it is of no use to anybody any more, and may go.
     pub(super) fn is_idle(&self) -> bool {
         let state = self.lock();
@@ -110,11 +120,6 @@ impl Spool {
     /// Whether somebody has read it, or begun to.
     pub(super) fn was_read(&self) -> bool {
         self.lock().readers_ever > 0
-    }
-
-    /// Whether some of this budget comes free when it goes.
-    pub(super) fn takes_of(&self, budget: &Arc<Budget>) -> bool {
-        self.lock().reserved.iter().any(|reserved| reserved.is_of(budget))
     }
 
     /// Lets in no new reader, waits for those inside to leave, and lets the contents go after the last.

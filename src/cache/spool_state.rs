@@ -71,6 +71,8 @@ pub(super) struct State {
     pub(super) closers: Vec<Waker>,
     /// Memory and disk that this takes, for as long as it takes them.
     pub(super) reserved: Vec<Reserved>,
+    /// Memory that the window takes, until it is empty for good.
+    pub(super) window_memory: Option<Reserved>,
 }
 
 #[derive(Debug)]
@@ -118,7 +120,12 @@ impl State {
             writer: None,
             closers: Vec::new(),
             reserved,
+            window_memory: None,
         }
+    }
+
+    pub(super) fn all_reserved(&self) -> impl Iterator<Item = &Reserved> {
+        self.reserved.iter().chain(&self.window_memory)
     }
 
     /// Whether a new reader would get all of it.
@@ -141,6 +148,7 @@ impl State {
             self.file = None;
             self.on_disk = 0;
             self.reserved.clear();
+            self.window_memory = None;
             self.closers.drain(..).for_each(Waker::wake);
         }
     }
@@ -164,10 +172,13 @@ impl State {
                 Keep::File => first_end <= self.on_disk && (self.window_len() > WINDOW || self.is_complete()),
             };
             if !is_needless {
-                return;
+                break;
             }
             self.window.pop_front();
             self.window_start = first_end;
+        }
+        if self.window.is_empty() && !matches!(self.progress, Progress::Receiving) {
+            self.window_memory = None;
         }
     }
 
@@ -196,7 +207,7 @@ impl State {
     /// Tells whoever waits for a place that this one may be had.
     pub(super) fn offer(&self) {
         if self.readers.is_empty() && !matches!(self.progress, Progress::Receiving) {
-            self.reserved.iter().for_each(Reserved::offer);
+            self.all_reserved().for_each(Reserved::offer);
         }
     }
 

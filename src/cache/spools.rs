@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::Notify;
 
 use super::spool::{Spool, SpoolReader, SpoolWriter, StillRead};
-use super::spool_state::Keep;
+use super::spool_state::{Keep, WINDOW};
 use crate::nix::NarHash;
 
 /// After how long what nobody asked for goes.
@@ -71,6 +71,10 @@ impl Reserved {
         Arc::ptr_eq(&self.budget, budget)
     }
 
+    pub(super) fn amount(&self) -> u64 {
+        self.amount
+    }
+
     /// Whoever waits for a place may have this one.
     pub(super) fn offer(&self) {
         self.budget.freed.notify_waiters();
@@ -85,6 +89,11 @@ impl Drop for Reserved {
 }
 
 impl Budget {
+    /// How much may be reserved.
+    fn free(&self) -> u64 {
+        self.limit.saturating_sub(self.taken.load(Ordering::Acquire))
+    }
+
     fn reserve(self: &Arc<Self>, amount: u64) -> Option<Reserved> {
         let fits = |taken: u64| taken.checked_add(amount).filter(|sum| *sum <= self.limit);
         let taken = self.taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits);
@@ -105,7 +114,7 @@ pub enum Begin {
 
 impl Spools {
     /// None yet. Files are made in `directory` (they have no names, so that a crash leaves none) and take `disk` bytes at most;
-    /// what is kept in memory takes `memory` bytes at most.
+    /// what is kept in memory takes `memory` bytes at most, windows and all, but less of it never keeps a download out.
     #[must_use]
     pub fn new(directory: Option<PathBuf>, memory: u64, disk: u64) -> Self {
         let freed = Arc::new(Notify::new());
@@ -158,10 +167,9 @@ impl Spools {
             return Some(Begin::Read(reader));
         }
         let is_shared = there.is_some_and(|spool| !spool.is_idle());
-        let mut reserved = Vec::new();
-        if whole {
-            reserved.push(table.make_room(&self.0.memory, size, |_| true)?);
-        }
+        // With less memory than a window takes, there is one at a time.
+        let in_memory = if whole { size } else { WINDOW.min(size).min(self.0.memory.limit) };
+        let in_memory = table.make_room(&self.0.memory, in_memory, |_| true)?;
         // Somebody is too far ahead to be joined: so others may come after this one too.
         let file = if is_shared && !whole { self.file(&mut table, size) } else { None };
         let keep = match (&file, whole) {
@@ -170,8 +178,17 @@ impl Spools {
             (None, false) => Keep::Window,
         };
         let (file, on_disk) = file.unzip();
-        reserved.extend(on_disk);
+        let mut reserved = Vec::from_iter(on_disk);
+        let in_window = if whole {
+            reserved.push(in_memory);
+            None
+        } else {
+            Some(in_memory)
+        };
         let writer = Spool::begin(size, keep, file, reserved);
+        if let Some(in_window) = in_window {
+            writer.spool().give_window(in_window);
+        }
         let reader = writer.spool().read()?;
         table.insert(nar, &writer);
         Some(Begin::Write(writer, reader))
@@ -259,14 +276,20 @@ impl Table {
         size: u64,
         may_go: impl Fn(&Spool) -> bool,
     ) -> Option<Reserved> {
-        if size > budget.limit {
-            return None;
+        let goes_for = |spool: &Spool| spool.takes_of(budget) > 0 && may_go(spool);
+        if budget.free() < size {
+            // Nothing is given up in vain.
+            let idle = self.spools.values().filter(|entry| entry.spool.is_idle() && goes_for(&entry.spool));
+            let may_come_free: u64 = idle.map(|entry| entry.spool.takes_of(budget)).sum();
+            if budget.free().saturating_add(may_come_free) < size {
+                return None;
+            }
         }
         loop {
             if let Some(reserved) = budget.reserve(size) {
                 return Some(reserved);
             }
-            if !self.evict(|spool| spool.takes_of(budget) && may_go(spool)) {
+            if !self.evict(goes_for) {
                 return None;
             }
         }
@@ -297,6 +320,11 @@ impl Table {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use std::collections::VecDeque;
+
+    use futures_util::FutureExt as _;
+    use futures_util::stream::{FuturesUnordered, StreamExt as _};
+
     use super::*;
 
     /// A part of a budget that has just so much.
@@ -316,5 +344,77 @@ pub(super) mod tests {
         assert!(budget.reserve(6).is_some());
         drop(some);
         assert_eq!(budget.taken.load(Ordering::Acquire), 0);
+    }
+
+    fn nar(number: u8) -> NarHash {
+        NarHash::from_digest([number; 32])
+    }
+
+    /// All bytes come, and are good.
+    fn fill(writer: SpoolWriter, size: u64) {
+        writer.appender().append(vec![0; usize::try_from(size).unwrap()].into());
+        writer.finish();
+    }
+
+    #[test]
+    fn nothing_is_given_up_in_vain_or_for_another_budget() {
+        let test = || {
+            let spools = Spools::new(None, 100, 100);
+            fill(spools.prepare(&nar(1), 40).unwrap(), 40);
+            let (memory, disk) = (&spools.0.memory, &spools.0.disk);
+            let _disk = disk.reserve(95).unwrap();
+            assert!(spools.lock().make_room(disk, 10, |_| true).is_none());
+            let _memory = memory.reserve(55).unwrap();
+            assert!(spools.lock().make_room(memory, 50, |_| true).is_none());
+            assert_eq!(spools.len_of(&nar(1)), Some(40));
+            assert!(spools.lock().make_room(memory, 45, |_| true).is_some());
+            assert_eq!(spools.len_of(&nar(1)), None);
+        };
+        shuttle::check_random(test, 1);
+    }
+
+    #[test]
+    fn many_slow_readers_stay_within_memory_and_each_has_its_turn() {
+        let test = || {
+            let spools = Spools::new(None, 4 * WINDOW, 0);
+            let taken = || spools.taken().0;
+            // What was downloaded ahead, and is idle, keeps nobody out.
+            fill(spools.prepare(&nar(255), 4 * WINDOW).unwrap(), 4 * WINDOW);
+            let (names, mut inside, mut had_a_turn) =
+                ((0..40).map(nar).collect::<Vec<_>>(), VecDeque::new(), 0);
+            let mut waiting: FuturesUnordered<_> =
+                names.iter().map(|nar| spools.begin(nar, 5 * WINDOW, false)).collect();
+            while had_a_turn < 40 {
+                while let Some(begin) = waiting.next().now_or_never().flatten() {
+                    assert!(matches!(begin, Begin::Write(..)));
+                    had_a_turn += 1;
+                    inside.push_back(begin);
+                }
+                assert_eq!((inside.len(), taken()), (4, 4 * WINDOW));
+                // One leaves, without having read anything.
+                inside.pop_front();
+            }
+            drop((waiting, inside));
+            spools.sweep(Instant::now());
+            assert_eq!(taken(), 0);
+        };
+        shuttle::check_random(test, 1);
+    }
+
+    #[test]
+    fn a_window_takes_memory_until_it_is_empty_for_good_and_too_little_keeps_nobody_out() {
+        let test = || {
+            let spools = Spools::new(None, 10, 0);
+            let begun = |number| spools.begin(&nar(number), 20, false).now_or_never();
+            let Some(Begin::Write(writer, mut reader)) = begun(1) else { panic!("it waits") };
+            assert!(begun(2).is_none());
+            fill(writer, 20);
+            assert!(begun(2).is_none(), "it is still to be read");
+            assert!(reader.piece().now_or_never().unwrap().unwrap().is_some());
+            assert_eq!(spools.taken().0, 0);
+            assert!(begun(2).is_some());
+            assert!(Spools::new(None, 0, 0).begin(&nar(1), 20, false).now_or_never().is_some());
+        };
+        shuttle::check_random(test, 1);
     }
 }
