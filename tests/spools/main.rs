@@ -171,7 +171,8 @@ async fn without_a_file_the_writer_waits_for_the_slowest_and_with_one_it_does_no
 #[tokio::test]
 async fn the_least_recently_used_file_goes_when_the_disk_is_needed_and_no_other() {
     let (folder, size) = (folder(), 3 * CHUNK);
-    let spools = Spools::new(Some(folder.path().to_owned()), size as u64, 2 * size as u64);
+    // Memory for the first, and for the window of one at a time.
+    let spools = Spools::new(Some(folder.path().to_owned()), 2 * size as u64, 2 * size as u64);
     let there =
         |numbers: &[u8]| numbers.iter().map(|n| spools.len_of(&nar(*n)).is_some()).collect::<Vec<_>>();
     // It is the oldest, and takes no disk.
