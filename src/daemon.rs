@@ -16,7 +16,7 @@ use crate::cache::Spools;
 use crate::config::{Config, ConfigError};
 use crate::http::{BindError, Listeners, Server};
 use crate::metrics::Metrics;
-use crate::peer::{Announce, Discovery, Holdings, Peers};
+use crate::peer::{Announce, Discovery, Holdings, Listening, Peers};
 use crate::resolve::{Parts, Resolver};
 use crate::signing::{Signer, SigningError};
 use crate::store::{OpenError, Store};
@@ -204,16 +204,11 @@ fn peers(
         platform: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
         features: vec!["narhash".to_owned(), "gained".to_owned()],
         public_key: signer.public_key_line(),
-        // An address that others can reach goes before loopback.
-        port: addresses
-            .iter()
-            .find(|address| !address.ip().is_loopback())
-            .or(addresses.first())
-            .map_or(0, SocketAddr::port),
         id: Some(id),
-        reply: false,
+        ..Announce::default()
     };
-    Ok(Peers::new(&config.discovery, &config.peer, &config.http.allow, own, metrics.peers.clone()))
+    let (listening, metrics) = (Listening::new(addresses), metrics.peers.clone());
+    Ok(Peers::new(&config.discovery, &config.peer, &config.http.allow, own, listening, metrics))
 }
 
 /// Asks Nix for its version, which is told to peers; nothing hangs on it, and nothing waits for it.

@@ -14,7 +14,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 
 use super::interfaces::broadcast_addresses;
 use super::mdns::{self, Mdns};
-use super::record::Source;
+use super::record::{Peer, Source};
 use super::udp::{self, Sockets};
 use super::wire::{FEATURE_GAINED, MAX_GAINED, Message};
 use super::{Holdings, Options, Peers, saved};
@@ -69,6 +69,11 @@ impl Discovery {
         {
             peers.announced(announce, address, Source::Saved);
         }
+        if options.enable && !peers.0.listening.is_reachable() {
+            tracing::info!(
+                "not announced on the LAN: only this host can reach what http.listen names; peers are found all the same"
+            );
+        }
         let sockets = options.enable.then(|| Sockets::bind(options.port)).and_then(|bound| match bound {
             Ok(sockets) => Some(sockets),
             Err(error) => {
@@ -82,8 +87,8 @@ impl Discovery {
             tasks.spawn(announce_for_ever(peers.clone(), options.clone(), sockets.clone()));
             tasks.spawn(tell_gains(peers.clone(), sockets.clone(), gained));
         }
-        let mdns = (options.enable && options.mdns).then(|| Mdns::start(&peers.own_announce())).and_then(
-            |started| match started {
+        let mdns =
+            (options.enable && options.mdns).then(|| Mdns::start(&peers)).and_then(|started| match started {
                 Ok((mdns, events)) => {
                     tasks.spawn(mdns::follow(peers.clone(), events));
                     Some(mdns)
@@ -92,8 +97,7 @@ impl Discovery {
                     tracing::warn!(%error, "no multicast DNS; announcements find peers all the same");
                     None
                 }
-            },
-        );
+            });
         tasks.spawn(look_after(peers.clone(), options.interval, file.clone()));
         Self { peers, options, sockets, mdns, tasks, file }
     }
@@ -108,8 +112,7 @@ impl Discovery {
     pub async fn stop(mut self) {
         self.tasks.shutdown().await;
         if let Some(sockets) = &self.sockets {
-            let goodbye = Message::Goodbye(self.peers.own_id().to_owned());
-            send_to_all(&self.peers, &self.options, sockets, &goodbye).await;
+            say_goodbye(&self.peers, &self.options, sockets).await;
         }
         if let Some(mdns) = self.mdns.take() {
             let _ = tokio::time::timeout(Duration::from_secs(2), mdns.stop()).await;
@@ -118,18 +121,35 @@ impl Discovery {
     }
 }
 
-/// Sends to every link and every configured target; a goodbye also to every known peer that has sent datagrams itself.
-async fn send_to_all(peers: &Peers, options: &Options, sockets: &Sockets, message: &Message) {
-    let datagram = message.to_datagram();
+/// Every link and every configured target.
+fn everybody(options: &Options) -> Vec<SocketAddr> {
     let mut addresses = if options.port == 0 { Vec::new() } else { broadcast_addresses(options.port) };
     addresses.extend(&options.targets);
-    addresses.extend(
-        peers.all().iter().filter_map(|peer| peer.udp).filter(|_| matches!(message, Message::Goodbye(_))),
-    );
-    for address in addresses {
-        sockets.send(&datagram, address).await;
-        peers.metrics().datagrams_sent.inc();
+    addresses
+}
+
+async fn announce(peers: &Peers, options: &Options, sockets: &Sockets) {
+    for address in everybody(options) {
+        if let Some(own) = peers.own_announce_to(address) {
+            send(peers, sockets, &Message::Announce(own), address).await;
+        }
     }
+}
+
+/// Also to every known peer that has sent datagrams itself.
+async fn say_goodbye(peers: &Peers, options: &Options, sockets: &Sockets) {
+    let goodbye = Message::Goodbye(peers.own_id().to_owned());
+    let mut addresses = everybody(options);
+    addresses.extend(peers.all().iter().flat_map(Peer::datagrams));
+    // Who never heard an announcement has nobody to forget.
+    for address in addresses.into_iter().filter(|address| peers.own_announce_to(*address).is_some()) {
+        send(peers, sockets, &goodbye, address).await;
+    }
+}
+
+async fn send(peers: &Peers, sockets: &Sockets, message: &Message, to: SocketAddr) {
+    sockets.send(&message.to_datagram(), to).await;
+    peers.metrics().datagrams_sent.inc();
 }
 
 async fn announce_for_ever(peers: Peers, options: Options, sockets: Sockets) {
@@ -140,7 +160,7 @@ async fn announce_for_ever(peers: Peers, options: Options, sockets: Sockets) {
         // A burst at start and whenever an interface comes or goes, then at the interval.
         for pause in BURST {
             sleep(pause).await;
-            send_to_all(&peers, &options, &sockets, &announce(&peers)).await;
+            announce(&peers, &options, &sockets).await;
         }
         let mut ticks = interval(options.interval);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -155,15 +175,11 @@ async fn announce_for_ever(peers: Peers, options: Options, sockets: Sockets) {
                 }
             };
             tokio::select! {
-                _ = ticks.tick() => send_to_all(&peers, &options, &sockets, &announce(&peers)).await,
+                _ = ticks.tick() => announce(&peers, &options, &sockets).await,
                 () = changed => break,
             }
         }
     }
-}
-
-fn announce(peers: &Peers) -> Message {
-    Message::Announce(peers.own_announce())
 }
 
 /// Tells the known peers which paths this host has gained, soon and once more a little later.
@@ -209,7 +225,7 @@ async fn send_gains(peers: &Peers, sockets: &Sockets, hashes: &[StorePathHash]) 
         let datagram = Message::Gained(part.to_vec()).to_datagram();
         // Whoever does not speak of it would take it for noise. Each address once, however many claim to be there.
         let listeners = known.iter().filter(|peer| peer.announce.has_feature(FEATURE_GAINED));
-        let addresses: HashSet<SocketAddr> = listeners.filter_map(|peer| peer.udp).collect();
+        let addresses: HashSet<SocketAddr> = listeners.flat_map(Peer::datagrams).collect();
         for address in addresses {
             sockets.send(&datagram, address).await;
             peers.metrics().datagrams_sent.inc();
@@ -237,7 +253,7 @@ async fn look_after(peers: Peers, period: Duration, file: Option<PathBuf>) {
     }
 }
 
-async fn check(peers: Peers, peer: super::Peer) {
+async fn check(peers: Peers, peer: Peer) {
     let began = Instant::now();
     let checked = match peers.client(&peer) {
         Ok(client) => client.check(CHECK_TIME).await,

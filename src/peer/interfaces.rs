@@ -1,7 +1,7 @@
 //! The interfaces of this host. Where announcements go: the broadcast address of every IPv4 interface, and all nodes on
-//! every IPv6 link. And the names of interfaces, which stay when their numbers change.
+//! every IPv6 link; and where they come from. And the names of interfaces, which stay when their numbers change.
 
-use std::net::{Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 
 use if_addrs::IfAddr;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, netdevice};
@@ -28,6 +28,16 @@ pub(super) fn broadcast_addresses(port: u16) -> Vec<SocketAddr> {
         }
     }
     addresses
+}
+
+/// The address of this host that a datagram to this destination comes from, as the kernel chooses it. `None`: there is no
+/// way to there. Sends nothing.
+pub(super) fn source_to(to: SocketAddr) -> Option<IpAddr> {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0)).ok()?;
+    socket.set_broadcast(true).ok()?;
+    socket.connect(to).ok()?;
+    Some(socket.local_addr().ok()?.ip())
 }
 
 /// The name of the interface with this number.

@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use mdns_sd::{ServiceDaemon, ServiceEvent, ServiceInfo};
+use mdns_sd::{IfKind, IfPredicate, ServiceDaemon, ServiceEvent, ServiceInfo};
 
 use super::Peers;
 use super::record::Source;
@@ -10,33 +10,21 @@ use super::wire::{Announce, Message};
 
 const SERVICE: &str = "_peernix._tcp.local.";
 
-/// A service that is registered, and looks for others.
+/// A service that is registered if others can reach it, and looks for others.
 pub(super) struct Mdns {
     daemon: ServiceDaemon,
-    fullname: String,
+    fullname: Option<String>,
 }
 
 impl Mdns {
     /// Registers this host and begins to look for others.
-    pub(super) fn start(
-        announce: &Announce,
-    ) -> Result<(Self, mdns_sd::Receiver<ServiceEvent>), mdns_sd::Error> {
+    pub(super) fn start(peers: &Peers) -> Result<(Self, mdns_sd::Receiver<ServiceEvent>), mdns_sd::Error> {
         let daemon = ServiceDaemon::new()?;
-        let id = announce.id.as_deref().unwrap_or_default();
-        let features = announce.features.join(",");
-        let properties = [
-            ("version", announce.peernix_version.as_str()),
-            ("platform", &announce.platform),
-            ("features", &features),
-            ("pubkey", &announce.public_key),
-            ("id", id),
-        ];
-        let host = format!("peernix-{id}.local.");
-        let service =
-            ServiceInfo::new(SERVICE, &format!("peernix-{id}"), &host, "", announce.port, &properties[..])?;
-        let service = service.enable_addr_auto();
-        let fullname = service.get_fullname().to_owned();
-        daemon.register(service)?;
+        let service = peers.0.listening.is_reachable().then(|| service(peers)).transpose()?;
+        let fullname = service.as_ref().map(|service| service.get_fullname().to_owned());
+        if let Some(service) = service {
+            daemon.register(service)?;
+        }
         let events = daemon.browse(SERVICE)?;
         Ok((Self { daemon, fullname }, events))
     }
@@ -44,13 +32,35 @@ impl Mdns {
     /// Says goodbye and ends the daemon's thread.
     pub(super) async fn stop(self) {
         // What fails here is told to others by their own expiry.
-        if let Ok(done) = self.daemon.unregister(&self.fullname) {
+        if let Some(Ok(done)) = self.fullname.map(|fullname| self.daemon.unregister(&fullname)) {
             let _ = done.recv_async().await;
         }
         if let Ok(done) = self.daemon.shutdown() {
             let _ = done.recv_async().await;
         }
     }
+}
+
+/// What this host is registered as, at those of its addresses that are listened on.
+fn service(peers: &Peers) -> Result<ServiceInfo, mdns_sd::Error> {
+    let announce = peers.own_announce();
+    let id = announce.id.as_deref().unwrap_or_default();
+    let features = announce.features.join(",");
+    let properties = [
+        ("version", announce.peernix_version.as_str()),
+        ("platform", &announce.platform),
+        ("features", &features),
+        ("pubkey", &announce.public_key),
+        ("id", id),
+    ];
+    let host = format!("peernix-{id}.local.");
+    let service =
+        ServiceInfo::new(SERVICE, &format!("peernix-{id}"), &host, "", announce.port, &properties[..])?;
+    let mut service = service.enable_addr_auto();
+    let (peers, port) = (peers.clone(), announce.port);
+    let is_ours = IfPredicate::new(move |interface| peers.0.listening.port_at(interface.ip()) == Some(port));
+    service.set_interfaces(vec![IfKind::Predicate(is_ours)]);
+    Ok(service)
 }
 
 /// Tells the registry whom multicast DNS finds. Ends with the daemon.

@@ -8,6 +8,7 @@ mod client;
 mod discovery;
 mod flushes;
 mod interfaces;
+mod listening;
 mod mdns;
 mod options;
 mod record;
@@ -18,7 +19,7 @@ mod udp;
 mod wire;
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +31,7 @@ use tokio::sync::broadcast;
 pub use blame::{Failure, Standing};
 pub use client::{Arriving, Blame, FetchError, PEER_HEADER, PeerClient};
 pub use discovery::Discovery;
+pub use listening::Listening;
 pub use options::{ConfiguredPeer, Options};
 pub use record::{Asking, Peer, PeerId, Source};
 pub use registry::{Answered, Registry, Sighting};
@@ -90,6 +92,7 @@ struct Inner {
     allow: Box<[IpNet]>,
     own_id: String,
     own: Mutex<Announce>,
+    listening: Listening,
     news: broadcast::Sender<News>,
     metrics: PeerMetrics,
 }
@@ -108,15 +111,18 @@ impl Drop for InFlight {
 }
 
 impl Peers {
-    /// Nobody but the configured. Only hosts in `allow` are let in by what they say; `own` is what this host says of itself; its id has to be set.
+    /// Nobody but the configured. Only hosts in `allow` are let in by what they say; `own` is what this host says of itself,
+    /// and `listening` where it is reached; its id has to be set, its port comes from there.
     #[must_use]
     pub fn new(
         options: &Options,
         configured: &[ConfiguredPeer],
         allow: &[IpNet],
-        own: Announce,
+        mut own: Announce,
+        listening: Listening,
         metrics: PeerMetrics,
     ) -> Self {
+        own.port = listening.port();
         let own_id = own.id.clone().unwrap_or_default();
         let mut registry = Registry::new(own_id.clone(), options.ttl, options.peers);
         let now = Instant::now();
@@ -131,6 +137,7 @@ impl Peers {
             allow: allow.into(),
             own_id,
             own: Mutex::new(own),
+            listening,
             news,
             metrics,
         }))
@@ -147,6 +154,13 @@ impl Peers {
     #[must_use]
     pub fn own_announce(&self) -> Announce {
         self.0.own.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The same for one destination; `None` if what is sent there comes from where nobody listens: those who hear it
+    /// could only ask there in vain.
+    fn own_announce_to(&self, to: SocketAddr) -> Option<Announce> {
+        let port = self.0.listening.port_at(interfaces::source_to(to)?)?;
+        Some(Announce { port, ..self.own_announce() })
     }
 
     /// The instance id of this host.
@@ -251,8 +265,10 @@ impl Peers {
         if error.blame() != Blame::Us {
             let now = Instant::now();
             let began = now.checked_sub(after).unwrap_or(now);
+            // The place that failed: it may be another from now on.
+            let url = self.url_of(id);
             let pause = self.registry().failed(id, failure, began, now);
-            self.tell_pause(id, pause, error);
+            tell_pause(&url, pause, error);
         }
         tracing::debug!(peer.id = %id, %error, "a peer gave no answer");
     }
@@ -262,23 +278,15 @@ impl Peers {
         self.0.metrics.lies.inc();
         let now = Instant::now();
         let pause = self.registry().failed(id, Failure::Lie, now, now);
-        self.tell_pause(id, pause, &lie);
+        tell_pause(&self.url_of(id), pause, &lie);
         tracing::warn!(peer.id = %id, lie, "a peer said what is not so");
-    }
-
-    /// Once, not for each failure in a row.
-    fn tell_pause(&self, id: &PeerId, pause: Option<Duration>, reason: &dyn std::fmt::Display) {
-        if let Some(pause) = pause {
-            let (url, pause_ms) = (self.url_of(id), pause.as_millis() as u64);
-            tracing::info!(peer.url = url, %reason, pause_ms, "a peer failed and is not asked for a while");
-        }
     }
 
     fn url_of(&self, id: &PeerId) -> String {
         self.registry().get(id).map(|peer| peer.url.clone()).unwrap_or_default()
     }
 
-    fn announced(&self, announce: Announce, from: std::net::SocketAddr, source: Source) -> Sighting {
+    fn announced(&self, announce: Announce, from: SocketAddr, source: Source) -> Sighting {
         let address = from.ip().to_canonical();
         if !self.0.allow.iter().any(|network| network.contains(&address)) {
             return Sighting::Full;
@@ -347,5 +355,13 @@ impl Peers {
 
     fn saved_file(state: &std::path::Path) -> PathBuf {
         saved::file(state)
+    }
+}
+
+/// Once, not for each failure in a row.
+fn tell_pause(url: &str, pause: Option<Duration>, reason: &dyn std::fmt::Display) {
+    if let Some(pause) = pause {
+        let pause_ms = pause.as_millis() as u64;
+        tracing::info!(peer.url = url, %reason, pause_ms, "a peer failed and is not asked for a while");
     }
 }

@@ -56,6 +56,15 @@ pub enum Asking {
     Datagram(SocketAddr),
 }
 
+/// Where a peer is reached.
+#[derive(Clone, Debug)]
+pub(super) struct Place {
+    pub(super) url: String,
+    pub(super) address: Option<SocketAddr>,
+    pub(super) udp: Option<SocketAddr>,
+    pub(super) asking: Asking,
+}
+
 /// What is known of a peer.
 #[derive(Clone, Debug)]
 pub struct Peer {
@@ -87,6 +96,10 @@ pub struct Peer {
     pub in_flight: u32,
     /// When its announcement was answered last.
     pub(super) greeted: Option<Instant>,
+    /// Where else it announced itself last, and when.
+    pub(super) elsewhere: Option<(Place, Instant)>,
+    /// It is taken to be here since another place failed, and was not tried here yet.
+    pub(super) is_untried: bool,
 }
 
 impl Peer {
@@ -94,6 +107,23 @@ impl Peer {
     pub(super) fn is_at(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         self.address.iter().chain(&self.udp).any(|known| known.ip().to_canonical() == address)
+    }
+
+    /// Where its datagrams come from: both families often, and it may know this host by either.
+    pub(super) fn datagrams(&self) -> impl Iterator<Item = SocketAddr> {
+        self.udp.into_iter().chain(self.elsewhere.iter().filter_map(|(place, _)| place.udp))
+    }
+
+    /// From now on it is asked there; where it was is not forgotten.
+    pub(super) fn move_to(&mut self, place: Place) {
+        let before = Place {
+            url: std::mem::replace(&mut self.url, place.url),
+            address: std::mem::replace(&mut self.address, place.address),
+            udp: std::mem::replace(&mut self.udp, place.udp),
+            asking: std::mem::replace(&mut self.asking, place.asking),
+        };
+        self.elsewhere = Some((before, self.last_seen.unwrap_or(self.first_seen)));
+        self.is_untried = true;
     }
 
     /// Whether it is asked for paths: not paused, and not only known from before the last restart.

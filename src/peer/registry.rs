@@ -9,7 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::blame::{Failure, Standing};
-use super::record::{Asking, Peer, PeerId, Source};
+use super::record::{Asking, Peer, PeerId, Place, Source};
 use super::wire::Announce;
 
 /// Peers at one address: more are somebody who makes them up.
@@ -37,15 +37,6 @@ pub struct Answered {
     pub is_new: bool,
     /// It had failed before.
     pub is_back: bool,
-}
-
-/// Where and how a new peer is reached.
-struct Place {
-    url: String,
-    address: Option<SocketAddr>,
-    udp: Option<SocketAddr>,
-    asking: Asking,
-    source: Source,
 }
 
 /// The table.
@@ -87,33 +78,47 @@ impl Registry {
             None => (PeerId::place(serves), Asking::Datagram(from)),
         };
         let udp = (source == Source::Announced).then_some(from);
-        if let Some(peer) = self.peers.get_mut(&id) {
-            // Whoever claims a known id from elsewhere is believed when the place that is known has failed.
-            if peer.url == url || peer.standing.is_doubtful(now) || peer.source == Source::Saved {
-                // What it did before stays with it: moving must not be a way out of a pause.
-                peer.url = url;
-                peer.address = Some(serves);
-                peer.udp = udp.or(peer.udp);
-                peer.asking = asking;
-                peer.announce = announce;
-                peer.last_seen = Some(now);
-                peer.standing.seen(now);
-                peer.source = if peer.source == Source::Saved { source } else { peer.source };
+        let mut place = Place { url, address: Some(serves), udp, asking };
+        let Some(peer) = self.peers.get_mut(&id) else { return self.add(id, place, source, announce, now) };
+        if peer.url == place.url {
+            peer.udp = udp.or(peer.udp);
+            peer.asking = asking;
+        } else {
+            let elsewhere = peer.elsewhere.as_ref().filter(|(known, _)| known.url == place.url);
+            place.udp = udp.or(elsewhere.and_then(|(known, _)| known.udp));
+            // Whoever claims a known id from elsewhere is believed when the place that is known has failed, and one that
+            // was taken for that is tried before another is: a host often announces itself from several.
+            let has_failed = peer.standing.is_doubtful(now) && !peer.is_untried;
+            if !has_failed && peer.source != Source::Saved {
+                peer.elsewhere = Some((place, now));
+                return Sighting::Known;
             }
-            return Sighting::Known;
+            peer.move_to(place);
         }
-        self.add(id, Place { url, address: Some(serves), udp, asking, source }, announce, now)
+        // What it did before stays with it: moving must not be a way out of a pause.
+        peer.announce = announce;
+        peer.last_seen = Some(now);
+        peer.standing.seen(now);
+        peer.source = if peer.source == Source::Saved { source } else { peer.source };
+        Sighting::Known
     }
 
     /// The configuration names a binary cache.
     pub fn configured(&mut self, url: &str, now: Instant) -> Sighting {
         let url = url.trim_end_matches('/').to_owned();
         let id = PeerId::place(&url);
-        let place = Place { url, address: None, udp: None, asking: Asking::Http, source: Source::Configured };
-        self.add(id, place, Announce::default(), now)
+        let place = Place { url, address: None, udp: None, asking: Asking::Http };
+        self.add(id, place, Source::Configured, Announce::default(), now)
     }
 
-    fn add(&mut self, id: PeerId, place: Place, announce: Announce, now: Instant) -> Sighting {
+    fn add(
+        &mut self,
+        id: PeerId,
+        place: Place,
+        source: Source,
+        announce: Announce,
+        now: Instant,
+    ) -> Sighting {
         if self.peers.contains_key(&id) {
             return Sighting::Known;
         }
@@ -128,17 +133,17 @@ impl Registry {
             }
             !is_before
         });
-        if !self.make_room(&place) {
+        if !self.make_room(&place, source) {
             return Sighting::Full;
         }
-        let is_hearsay = matches!(place.source, Source::Configured | Source::Saved);
+        let is_hearsay = matches!(source, Source::Configured | Source::Saved);
         let peer = Peer {
             id: id.clone(),
             url: place.url,
             address: place.address,
             udp: place.udp,
             asking: place.asking,
-            source: place.source,
+            source,
             announce,
             first_seen: now,
             last_seen: (!is_hearsay).then_some(now),
@@ -147,6 +152,8 @@ impl Registry {
             bytes_per_second: None,
             in_flight: 0,
             greeted: None,
+            elsewhere: None,
+            is_untried: false,
         };
         self.peers.insert(id, peer);
         Sighting::New
@@ -154,14 +161,14 @@ impl Registry {
 
     /// Makes room for one more, at the cost of whoever never answered: the longest silent of those first. False: all
     /// have proven to be there.
-    fn make_room(&mut self, place: &Place) -> bool {
+    fn make_room(&mut self, place: &Place, source: Source) -> bool {
         let ip = place.address.map(|address| address.ip());
         let at_address = ip.map_or(0, |ip| self.peers.values().filter(|peer| peer.is_at(ip)).count());
         if at_address >= MAX_AT_ADDRESS {
-            return self.evict(place.source, |peer| ip.is_some_and(|ip| peer.is_at(ip)));
+            return self.evict(source, |peer| ip.is_some_and(|ip| peer.is_at(ip)));
         }
-        if self.peers.len() >= self.max_peers && place.source != Source::Configured {
-            return self.evict(place.source, |_| true);
+        if self.peers.len() >= self.max_peers && source != Source::Configured {
+            return self.evict(source, |_| true);
         }
         true
     }
@@ -267,6 +274,7 @@ impl Registry {
             peer.source = Source::Announced;
         }
         peer.last_seen = Some(now);
+        peer.is_untried = false;
         let before = peer.latency.unwrap_or(latency);
         peer.latency = Some(before.mul_f64(1.0 - WEIGHT) + latency.mul_f64(WEIGHT));
         Answered { is_new: was_left_out, is_back: peer.standing.answered() }
@@ -282,7 +290,8 @@ impl Registry {
         }
     }
 
-    /// A request to it that began then failed: it is not asked for a while. Gives that while if it was doing well before.
+    /// A request to it that began then failed: it is not asked for a while, and elsewhere after that if it announced itself
+    /// there too. Gives that while if it was doing well before.
     pub fn failed(
         &mut self,
         id: &PeerId,
@@ -290,7 +299,21 @@ impl Registry {
         began: Instant,
         now: Instant,
     ) -> Option<Duration> {
-        self.peers.get_mut(id)?.standing.failed(failure, began, now)
+        let ttl = self.ttl;
+        let peer = self.peers.get_mut(id)?;
+        let before = peer.standing.failures_in_a_row;
+        let pause = peer.standing.failed(failure, began, now);
+        // Requests that fail together count once, and move it once.
+        if peer.standing.failures_in_a_row > before {
+            peer.is_untried = false;
+            let is_there = |seen: &Instant| now.saturating_duration_since(*seen) < ttl;
+            let elsewhere =
+                peer.elsewhere.take_if(|(_, seen)| failure == Failure::NoAnswer && is_there(seen));
+            if let Some((place, _)) = elsewhere {
+                peer.move_to(place);
+            }
+        }
+        pause
     }
 
     /// Peers that were silent for at least `silence`, or are only known from before the last restart, and are not paused:
@@ -382,6 +405,40 @@ mod tests {
         assert_eq!(registry.get(&id).unwrap().url, "http://10.0.7.1:1/nix-cache");
         assert_eq!(registry.get(&id).unwrap().standing.failures_in_a_row, 8);
         assert_eq!(registry.candidates(at + PAUSE_WHEN_SEEN).len(), 1);
+    }
+
+    #[test]
+    fn a_host_that_announces_itself_from_several_addresses_is_asked_where_it_answers() {
+        let (mut registry, mut now) = (Registry::new("me".to_owned(), TTL, 10), Instant::now());
+        let id = PeerId::instance("a");
+        let (works, fails) = ("http://10.0.0.1:1/nix-cache", "http://[fe80::1]:1/nix-cache");
+        for first in ["[fe80::1]:9999", "10.0.0.1:9999"] {
+            registry = Registry::new("me".to_owned(), TTL, 10);
+            seen(&mut registry, Some("a"), 1, first, now);
+            for _ in 0..20 {
+                now += Duration::from_secs(10);
+                // Whatever is heard last, and however many requests fail together.
+                seen(&mut registry, Some("a"), 1, "10.0.0.1:9999", now);
+                seen(&mut registry, Some("a"), 1, "[fe80::1]:9999", now);
+                for _ in 0..3 {
+                    if registry.get(&id).unwrap().url == fails {
+                        registry.failed(&id, Failure::NoAnswer, now, now);
+                    } else {
+                        registry.succeeded(&id, Duration::ZERO, now);
+                    }
+                }
+            }
+            let peer = registry.get(&id).unwrap();
+            assert_eq!((&*peer.url, peer.standing.failures_in_a_row), (works, 0), "{first}");
+            assert!(peer.standing.failures <= 1, "{first}: {peer:?}");
+            assert_eq!(peer.datagrams().count(), 2);
+        }
+        // The one that worked goes, and the other is there.
+        registry.failed(&id, Failure::NoAnswer, now, now);
+        assert_eq!(registry.get(&id).unwrap().url, fails);
+        // Where it was not heard of for the TTL it is not looked for.
+        registry.failed(&id, Failure::NoAnswer, now + TTL, now + TTL);
+        assert_eq!(registry.get(&id).unwrap().url, fails);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::flushes::Flushes;
 use super::record::{PeerId, Source};
 use super::registry::Sighting;
-use super::wire::{MAX_DATAGRAM, Message};
+use super::wire::{Announce, MAX_DATAGRAM, Message};
 use super::{Holdings, Peers};
 
 /// Questions that are being answered at the same time; more are dropped, and the asker asks again.
@@ -157,10 +157,12 @@ impl Reception {
                 );
                 let sighting = self.peers.announced(announce, from, Source::Announced);
                 let answerable = matches!(sighting, Sighting::New | Sighting::Known) && !is_reply;
-                if answerable && self.peers.registry().greet(&id, GREETING_PAUSE, Instant::now()) {
-                    let mut ours = self.peers.own_announce();
-                    ours.reply = true;
-                    self.sockets.send(&Message::Announce(ours).to_datagram(), from).await;
+                if answerable
+                    && self.peers.registry().greet(&id, GREETING_PAUSE, Instant::now())
+                    && let Some(ours) = self.peers.own_announce_to(from)
+                {
+                    let reply = Message::Announce(Announce { reply: true, ..ours });
+                    self.sockets.send(&reply.to_datagram(), from).await;
                 }
             }
             Message::Goodbye(id) => self.peers.goodbye(&id, from.ip()),

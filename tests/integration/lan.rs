@@ -249,3 +249,48 @@ fn a_peer_that_is_known_by_a_link_local_address_is_found_again_after_a_restart()
     let checked = "peernix_peer_requests_total{outcome=\"ok\"}";
     eventually("the saved peer is checked", || (metric(&two, checked) >= 1.0).then_some(()));
 }
+
+#[test]
+fn a_host_that_listens_on_one_family_is_found_and_asked_by_that_one_alone() {
+    let lan = Lan::new();
+    let (one, two) = (lan.host(1, ""), lan.host(2, ""));
+    let path = one.build(&chain("one", 1)).remove(0);
+    succeed(two.command("ip").args(["-4", "address", "flush", "dev", "eth0"]));
+    let often = "interval = \"500ms\"\nttl = \"1h\"";
+    let listen = "[http]\nlisten = [\"127.0.0.1:9999\", \"10.77.0.1:9999\"]";
+    let _first = daemon(&one, &format!("{often}\n{listen}"));
+    let second = daemon(&two, often);
+    // By IPv6, the only one that both have.
+    knows(&one, 1);
+    let received = || metric(&two, "peernix_discovery_datagrams_received_total{outcome=\"understood\"}");
+    let before = received();
+    succeed(two.command("ip").args(["address", "add", "10.77.0.2/24", "broadcast", "+", "dev", "eth0"]));
+    knows(&two, 1);
+    eventually("it was announced often", || (received() > before + 10.0).then_some(()));
+    assert!(!ask(&two, "api/v1/peers").1.contains("fe80::"), "{}", ask(&two, "api/v1/peers").1);
+    ask(&two, &narinfo_of(&path));
+    assert_eq!(metric(&two, "peernix_untrusted_narinfos_total"), 1.0);
+    assert_eq!(second.logged("a peer failed and is not asked for a while").len(), 0);
+}
+
+#[test]
+fn a_host_that_others_cannot_reach_finds_them_and_is_not_announced() {
+    let lan = Lan::new();
+    let (one, two) = (lan.host(1, ""), lan.host(2, ""));
+    let often = "interval = \"500ms\"\nttl = \"1h\"";
+    let listen = "[http]\nlisten = [\"127.0.0.1:9999\", \"[::1]:9999\"]";
+    let first = daemon(&one, &format!("{often}\n{listen}"));
+    let _second = daemon(&two, often);
+    knows(&one, 1);
+    let sent = "peernix_discovery_datagrams_sent_total";
+    let before = metric(&two, sent);
+    eventually("it announced itself often", || (metric(&two, sent) > before + 10.0).then_some(()));
+    assert_eq!((metric(&one, sent), metric(&two, "peernix_peers")), (0.0, 0.0));
+    let why = "not announced on the LAN: only this host can reach what http.listen names; peers are found all the same";
+    assert_eq!(first.logged(why).len(), 1);
+    let path = two.build(&chain("two", 1)).remove(0);
+    eventually("they are asked", || {
+        ask(&one, &narinfo_of(&path));
+        (metric(&one, "peernix_untrusted_narinfos_total") > 0.0).then_some(())
+    });
+}
