@@ -7,6 +7,7 @@ mod blame;
 mod client;
 mod discovery;
 mod flushes;
+mod holdings;
 mod interfaces;
 mod listening;
 mod mdns;
@@ -21,7 +22,6 @@ mod wire;
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,7 @@ use tokio::sync::broadcast;
 pub use blame::{Failure, Standing};
 pub use client::{Arriving, Blame, FetchError, PEER_HEADER, PeerClient};
 pub use discovery::Discovery;
+pub use holdings::Holdings;
 pub use listening::Listening;
 pub use options::{ConfiguredPeer, Options};
 pub use record::{Asking, Peer, PeerId, Source};
@@ -39,7 +40,7 @@ pub use tls::http_client;
 pub use wire::{Announce, Message};
 
 use crate::metrics::PeerMetrics;
-use crate::nix::{NarHash, StorePathHash};
+use crate::nix::StorePathHash;
 
 /// News that wait for whoever follows them; who falls behind is told so, and believes nothing remembered.
 const NEWS: usize = 1024;
@@ -51,34 +52,6 @@ pub enum News {
     Came,
     /// A peer has these paths now; none named means that they were too many.
     Gained(Vec<StorePathHash>),
-}
-
-/// What the answer to a question of another host is found by: a function, so that this layer needs no store.
-#[derive(Clone)]
-pub struct Holdings(Arc<HoldingsFn>);
-
-type HoldingsFn =
-    dyn Fn(StorePathHash) -> Pin<Box<dyn Future<Output = Option<Option<NarHash>>> + Send>> + Send + Sync;
-
-impl Holdings {
-    /// `find` gives the NarHash of a path that is held, `Some(None)` for one that is not, and `None` if it can't tell.
-    pub fn new<F, R>(find: F) -> Self
-    where
-        F: Fn(StorePathHash) -> R + Send + Sync + 'static,
-        R: Future<Output = Option<Option<NarHash>>> + Send + 'static,
-    {
-        Self(Arc::new(move |hash| Box::pin(find(hash))))
-    }
-
-    async fn nar_hash(&self, hash: StorePathHash) -> Option<Option<NarHash>> {
-        (self.0)(hash).await
-    }
-}
-
-impl std::fmt::Debug for Holdings {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Holdings")
-    }
 }
 
 /// The peers of this host. Cheap to clone: all clones are one.
