@@ -13,7 +13,7 @@ use axum::extract::State;
 use axum::routing::get;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, HOST, HeaderMap};
+use hyper::header::{ACCEPT, HOST, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use tower::ServiceExt as _;
 use tracing::Instrument as _;
@@ -27,7 +27,7 @@ use super::counted_body::CountedBody;
 use super::gate::Admitted;
 use crate::metrics::{Metrics, Route};
 use crate::nix::cache_url::CacheUrl;
-use crate::resolve::{ResolveError, Resolver, StoreState};
+use crate::resolve::{INSTANCE_HEADER, PEER_HEADER, ResolveError, Resolver, StoreState};
 
 /// Lines a second that failed requests may write to the log.
 const COMPLAINTS: NonZeroU32 = NonZeroU32::MIN;
@@ -38,6 +38,8 @@ pub(super) struct App {
     files: CacheFiles,
     pages: axum::Router,
     metrics: Metrics,
+    /// Who answers, told to peers.
+    instance: Option<HeaderValue>,
     requests: Arc<AtomicU64>,
     complaints: Arc<DefaultDirectRateLimiter>,
 }
@@ -52,6 +54,7 @@ struct Pages {
 impl App {
     pub(super) fn new(resolver: Resolver, options: &Options, metrics: Metrics) -> Self {
         let files = CacheFiles::new(resolver.clone(), options, metrics.http.clone());
+        let instance = HeaderValue::from_str(resolver.peers().own_id()).ok();
         let pages = axum::Router::new()
             .route("/", get(welcome))
             .route("/nix-cache", get(welcome))
@@ -63,7 +66,7 @@ impl App {
             .route("/api/v1/status", get(api_status))
             .with_state(Pages { resolver, metrics: metrics.clone(), since: Instant::now() });
         let complaints = Arc::new(RateLimiter::direct(Quota::per_second(COMPLAINTS)));
-        Self { files, pages, metrics, requests: Arc::default(), complaints }
+        Self { files, pages, metrics, instance, requests: Arc::default(), complaints }
     }
 
     /// Answers one request. Never fails: whatever goes wrong is an answer too.
@@ -76,11 +79,12 @@ impl App {
         let began = Instant::now();
         activity.request_began();
         let id = self.requests.fetch_add(1, Ordering::Relaxed);
+        let is_of_a_peer = request.headers().contains_key(PEER_HEADER);
         let (method, uri) = (request.method().clone(), request.uri().clone());
         let url = CacheUrl::parse(uri.path(), uri.query());
         let route = url.as_ref().map_or(Route::Unknown, route);
         let readable = method == Method::GET || method == Method::HEAD;
-        let (route, answer) = if !client.is_allowed {
+        let (route, mut answer) = if !client.is_allowed {
             (route, Refused::NotAllowed.into_answer())
         } else if let Err(seconds) = client.count_request() {
             (route, Refused::TooMany(seconds).into_answer())
@@ -93,6 +97,9 @@ impl App {
                 tracing::info_span!("request", id, client = %client.address, %method, path = uri.path());
             self.answer_slowly(request, url, route, client).instrument(span).await
         };
+        if let Some(instance) = self.instance.clone().filter(|_| is_of_a_peer) {
+            answer.headers_mut().insert(INSTANCE_HEADER, instance);
+        }
         let status = answer.status().as_u16();
         let elapsed = began.elapsed();
         tracing::debug!(

@@ -18,6 +18,8 @@ use crate::nix::StorePathHash;
 
 /// The header that a peer's request carries: whoever gets it answers from its own store alone.
 pub const PEER_HEADER: &str = "x-peernix-peer";
+/// The header of an answer to a peer that says which run of which host answers.
+pub const INSTANCE_HEADER: &str = "x-peernix-instance";
 /// The largest narinfo that is taken from a peer, in bytes: one with thousands of references.
 const MAX_NARINFO: usize = 512 * 1024;
 /// Connections to a peer that are kept open for the next request.
@@ -40,6 +42,9 @@ pub enum FetchError {
     /// More than any narinfo has, or than was announced.
     #[error("it sent more than {0} bytes")]
     TooLarge(u64),
+    /// The host was started again since it said who it is, or another has its address now.
+    #[error("another instance of peernix answers there")]
+    Replaced,
     /// The request could not be made at all.
     #[error("the request can't be made: {0}")]
     Request(String),
@@ -62,7 +67,7 @@ impl FetchError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Network(_) | Self::Timeout(_) => Blame::Network,
-            Self::Status(_) | Self::TooLarge(_) => Blame::Peer,
+            Self::Status(_) | Self::TooLarge(_) | Self::Replaced => Blame::Peer,
             Self::Request(_) => Blame::Us,
         }
     }
@@ -74,6 +79,8 @@ pub struct PeerClient {
     http: reqwest::Client,
     base: String,
     asking: Asking,
+    /// Who is expected there, if it said.
+    instance: Option<String>,
 }
 
 impl PeerClient {
@@ -102,7 +109,7 @@ impl PeerClient {
             _ => peer.url.clone(),
         };
         let http = builder.build().map_err(|error| FetchError::Request(error.to_string()))?;
-        Ok(Self { http, base, asking: peer.asking })
+        Ok(Self { http, base, asking: peer.asking, instance: peer.announce.id.clone() })
     }
 
     /// The text of a narinfo; `None` is "not here". At most `within`.
@@ -134,7 +141,7 @@ impl PeerClient {
             if offset > 0 {
                 request = request.header(RANGE, format!("bytes={offset}-"));
             }
-            let answer = request.send().await.map_err(to_error)?;
+            let answer = self.send(request).await?;
             match answer.status() {
                 StatusCode::PARTIAL_CONTENT if offset > 0 && begins_at(&answer) == Some(offset) => {
                     Ok(Some(Arriving { answer, offset }))
@@ -157,7 +164,16 @@ impl PeerClient {
     }
 
     async fn get(&self, path: &str) -> Result<Option<Response>, FetchError> {
-        found(self.http.get(format!("{}/{path}", self.base)).send().await.map_err(to_error)?)
+        found(self.send(self.http.get(format!("{}/{path}", self.base))).await?)
+    }
+
+    /// Gives an answer only of whom was asked. Those that are no peernix, or an older one, do not say who they are.
+    async fn send(&self, request: reqwest::RequestBuilder) -> Result<Response, FetchError> {
+        let answer = request.send().await.map_err(to_error)?;
+        match (&self.instance, answer.headers().get(INSTANCE_HEADER)) {
+            (Some(expected), Some(told)) if told != expected.as_str() => Err(FetchError::Replaced),
+            _ => Ok(answer),
+        }
     }
 }
 

@@ -29,7 +29,7 @@ use ipnet::IpNet;
 use tokio::sync::broadcast;
 
 pub use blame::{Failure, Standing};
-pub use client::{Arriving, Blame, FetchError, PEER_HEADER, PeerClient};
+pub use client::{Arriving, Blame, FetchError, INSTANCE_HEADER, PEER_HEADER, PeerClient};
 pub use discovery::Discovery;
 pub use holdings::Holdings;
 pub use listening::Listening;
@@ -235,7 +235,9 @@ impl Peers {
             Blame::Us => "not_made",
         };
         self.0.metrics.request(outcome, after.as_secs_f64());
-        if error.blame() != Blame::Us {
+        if matches!(error, FetchError::Replaced) {
+            self.replaced(id);
+        } else if error.blame() != Blame::Us {
             let now = Instant::now();
             let began = now.checked_sub(after).unwrap_or(now);
             // The place that failed: it may be another from now on.
@@ -244,6 +246,24 @@ impl Peers {
             tell_pause(&url, pause, error);
         }
         tracing::debug!(peer.id = %id, %error, "a peer gave no answer");
+    }
+
+    /// Whoever answers in its place announces itself, and is known by that: both would be asked otherwise.
+    fn replaced(&self, id: &PeerId) {
+        let url = self.url_of(id);
+        let (was_known, left) = {
+            let mut registry = self.registry();
+            (registry.forget(id), registry.len())
+        };
+        if was_known {
+            self.left(id, left);
+            tracing::info!(peer.url = url, "a peer was started again, and what it was before is forgotten");
+        }
+    }
+
+    fn left(&self, id: &PeerId, still_known: usize) {
+        self.0.metrics.known.set(still_known as i64);
+        self.0.clients.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
     }
 
     /// It said what is not so.
@@ -283,8 +303,7 @@ impl Peers {
             (registry.goodbye(id, from), registry.len())
         };
         if was_known {
-            self.0.metrics.known.set(left as i64);
-            self.0.clients.lock().unwrap_or_else(PoisonError::into_inner).remove(&PeerId::instance(id));
+            self.left(&PeerId::instance(id), left);
             tracing::info!(peer.id = id, "a peer said goodbye");
         }
     }

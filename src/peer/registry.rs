@@ -204,6 +204,11 @@ impl Registry {
         is_itself && self.peers.remove(&id).is_some()
     }
 
+    /// Nobody is this any more. True: it was known.
+    pub fn forget(&mut self, id: &PeerId) -> bool {
+        self.peers.remove(id).is_some()
+    }
+
     /// Whether a peer that is known is at this address.
     #[must_use]
     pub fn knows(&self, address: IpAddr) -> bool {

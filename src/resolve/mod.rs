@@ -19,7 +19,7 @@ use thiserror::Error;
 use tokio::sync::broadcast::error::RecvError;
 
 pub use crate::cache::SpoolError;
-pub use crate::peer::{PEER_HEADER, Peer, Peers, Source};
+pub use crate::peer::{INSTANCE_HEADER, PEER_HEADER, Peer, Peers, Source};
 pub use crate::store::{NarReadError, NarStream, StoreState};
 pub use local::LocalNar;
 pub use options::Options;

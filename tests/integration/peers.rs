@@ -592,3 +592,17 @@ fn a_cache_with_a_certificate_that_the_system_trusts_is_asked_by_https() {
     let told = eventually("why is told", told);
     assert!(told["reason"].as_str().unwrap().contains("UnknownIssuer"), "{told:?}");
 }
+
+#[test]
+fn who_answers_under_another_id_is_not_kept_under_the_old_one() {
+    let found = Announced::start(&empty(), "");
+    let again = honest(1000);
+    let before =
+        serde_json::json!({"cmd": "announce", "id": "feedfeedfeedfeed", "port": again.daemon.address.port()});
+    found.say(&found.socket, &before);
+    assert_eq!(found.daemon.metric("peernix_peers"), 2.0);
+    assert_eq!(ask(&found.daemon, &again.path).status, 404);
+    eventually("it is forgotten", || (found.daemon.metric("peernix_peers") == 1.0).then_some(()));
+    let told = get(&found.daemon.url("api/v1/peers")).text();
+    assert!(told.contains(ITS_ID) && !told.contains("feedfeedfeedfeed"), "{told}");
+}
