@@ -132,6 +132,12 @@ impl Peer {
         !self.is_paused(now) && self.source != Source::Saved
     }
 
+    /// Whether it ever answered, or the configuration names it: others may be made up.
+    #[must_use]
+    pub fn is_proven(&self) -> bool {
+        self.standing.successes > 0 || self.source == Source::Configured
+    }
+
     /// Whether it failed so lately that it is not asked.
     #[must_use]
     pub fn is_paused(&self, now: Instant) -> bool {

@@ -226,7 +226,7 @@ impl Registry {
     #[must_use]
     pub fn candidates(&self, now: Instant) -> Vec<Peer> {
         let mut fit: Vec<&Peer> = self.peers.values().filter(|peer| peer.may_be_asked(now)).collect();
-        let cost = |peer: &Peer| (peer.in_flight, peer.latency.unwrap_or(Duration::from_millis(1)));
+        let cost = |peer: &Peer| (!peer.is_proven(), peer.in_flight, peer.latency.unwrap_or_default());
         fit.sort_by_key(|peer| cost(peer));
         fit.into_iter().cloned().collect()
     }
@@ -542,6 +542,16 @@ mod tests {
         registry.began(&a);
         assert_eq!(registry.candidates(now)[0].id, b);
         registry.ended(&a);
+        // A newcomer before whoever is known to be good would cost every question something if it is silent.
+        let (mut registry, second) = (Registry::new("me".to_owned(), TTL, 100), Duration::from_secs(1));
+        seen(&mut registry, Some("a"), 1, "10.0.0.1:9999", now);
+        registry.succeeded(&a, Duration::from_millis(5), now);
+        for number in 0..40 {
+            let from = format!("10.0.1.{number}:9999");
+            seen(&mut registry, Some(&format!("new{number}")), 1, &from, now + second);
+        }
+        registry.began(&a);
+        assert_eq!(registry.candidates(now + second)[0].id, a);
         registry.delivered(&a, 1_000_000, Duration::from_secs(1));
         assert_eq!(registry.get(&a).unwrap().bytes_per_second, Some(1e6));
     }

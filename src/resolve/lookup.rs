@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
-use futures_util::StreamExt as _;
+use futures_util::{StreamExt as _, stream};
 use moka::sync::Cache;
 use nix_narinfo::Compression;
 use tokio::sync::watch;
@@ -26,6 +26,8 @@ use crate::trust::{Trust, TrustedNarInfo};
 const GRACE: Duration = Duration::from_millis(50);
 /// Peers that one lookup asks at the same time.
 const AT_ONCE: usize = 32;
+/// And besides them peers that never answered: silent ones take nobody else's turn.
+const NEWCOMERS_AT_ONCE: usize = 16;
 /// How much later than its questions a flight ends.
 const LAST_WORD: Duration = Duration::from_millis(10);
 /// After how long it is said once more of a peer that its paths are not passed on.
@@ -186,8 +188,12 @@ impl Lookup {
         let (candidates, somebody_is_left_out) = self.0.parts.peers.candidates();
         let candidates = candidates.into_iter().filter(|peer| !sought.without.contains(&peer.id));
         // Many at once, and the next as they answer: however many are known, sockets are few.
-        let asked = candidates.map(|peer| self.ask(peer, hash, deadline.into_std()));
-        let mut asked = futures_util::stream::iter(asked).buffer_unordered(AT_ONCE);
+        let (proven, newcomers): (Vec<Peer>, Vec<Peer>) = candidates.partition(Peer::is_proven);
+        let ask = |peers: Vec<Peer>| {
+            stream::iter(peers.into_iter().map(|peer| self.ask(peer, hash, deadline.into_std())))
+        };
+        let proven = ask(proven).buffer_unordered(AT_ONCE);
+        let mut asked = stream::select(proven, ask(newcomers).buffer_unordered(NEWCOMERS_AT_ONCE));
         let mut all_said_so = !somebody_is_left_out;
         loop {
             // A little after the deadline that each question has itself: the silent are noted as such.

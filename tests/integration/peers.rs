@@ -606,3 +606,28 @@ fn who_answers_under_another_id_is_not_kept_under_the_old_one() {
     let told = get(&found.daemon.url("api/v1/peers")).text();
     assert!(told.contains(ITS_ID) && !told.contains("feedfeedfeedfeed"), "{told}");
 }
+
+#[test]
+fn silent_newcomers_hold_up_no_question_to_whoever_is_known_to_answer() {
+    let peer = empty();
+    let found = Announced::start(&peer, "[resolve]\nnarinfo_budget = \"8s\"\n");
+    let missing = |digit: &str| format!("/nix/store/{}-x", digit.repeat(32));
+    assert_eq!(ask(&found.daemon, &missing("0")).status, 404);
+    // Connections to it are made and never answered.
+    let silent = TcpListener::bind("0.0.0.0:0").unwrap();
+    let port = silent.local_addr().unwrap().port();
+    for number in 1..=40 {
+        let socket = UdpSocket::bind(format!("127.0.1.{number}:0")).unwrap();
+        socket.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+        let id = format!("{number:0>16}");
+        found.say(&socket, &serde_json::json!({"cmd": "announce", "id": id, "port": port}));
+    }
+    assert_eq!(found.daemon.metric("peernix_peers"), 41.0);
+    let began = Instant::now();
+    std::thread::scope(|scope| {
+        scope.spawn(|| ask(&found.daemon, &missing("1")));
+        let name = format!("{}.narinfo", "1".repeat(32));
+        eventually("it is asked", || (peer.asked_for(&name) == 1).then_some(()));
+        assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    });
+}
