@@ -17,7 +17,7 @@ use super::mdns::{self, Mdns};
 use super::record::{Peer, Source};
 use super::udp::{self, Sockets};
 use super::wire::{FEATURE_GAINED, MAX_GAINED, Message};
-use super::{Holdings, Options, Peers, saved};
+use super::{Holdings, News, Options, Peers, saved};
 use crate::nix::StorePathHash;
 
 /// Announcements at start and after a change of interfaces, in quick succession: a lost one is made up for at once.
@@ -98,6 +98,7 @@ impl Discovery {
                     None
                 }
             });
+        tasks.spawn(tell_put_off(peers.clone()));
         tasks.spawn(look_after(peers.clone(), options.interval, file.clone()));
         Self { peers, options, sockets, mdns, tasks, file }
     }
@@ -229,6 +230,25 @@ async fn send_gains(peers: &Peers, sockets: &Sockets, hashes: &[StorePathHash]) 
         for address in addresses {
             sockets.send(&datagram, address).await;
             peers.metrics().datagrams_sent.inc();
+        }
+    }
+}
+
+/// Tells the news that were put off when it is their turn.
+async fn tell_put_off(peers: Peers) {
+    loop {
+        let next = peers.flushes().next();
+        let due = async {
+            match next {
+                Some(due) => tokio::time::sleep_until(due.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = due => if peers.flushes().take_due(Instant::now()) {
+                peers.tell(News::Gained(Vec::new()));
+            },
+            () = peers.0.put_off.notified() => {}
         }
     }
 }

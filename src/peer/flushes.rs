@@ -1,4 +1,4 @@
-//! How often a peer may make this host forget all misses: when it gained more paths than it can name.
+//! How often a peer may make this host forget all misses: when it came, or gained more paths than it can name.
 //!
 //! Pure: requests and the time in, flushes out. One a second for each address. More are put off until the second is over
 //! and become one there, never dropped: news that are lost would leave a path hidden behind a remembered miss.

@@ -7,6 +7,7 @@ mod blame;
 mod client;
 mod discovery;
 mod flushes;
+mod greetings;
 mod holdings;
 mod interfaces;
 mod listening;
@@ -26,7 +27,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use ipnet::IpNet;
-use tokio::sync::broadcast;
+use tokio::sync::{Notify, broadcast};
 
 pub use blame::{Failure, Standing};
 pub use client::{Arriving, Blame, FetchError, INSTANCE_HEADER, PEER_HEADER, PeerClient};
@@ -39,6 +40,7 @@ pub use registry::{Answered, Registry, Sighting};
 pub use tls::http_client;
 pub use wire::{Announce, Message};
 
+use self::flushes::Flushes;
 use crate::metrics::PeerMetrics;
 use crate::nix::StorePathHash;
 
@@ -67,6 +69,9 @@ struct Inner {
     own: Mutex<Announce>,
     listening: Listening,
     news: broadcast::Sender<News>,
+    flushes: Mutex<Flushes>,
+    /// A flush was put off: the next one may be due sooner.
+    put_off: Notify,
     metrics: PeerMetrics,
 }
 
@@ -112,6 +117,8 @@ impl Peers {
             own: Mutex::new(own),
             listening,
             news,
+            flushes: Mutex::default(),
+            put_off: Notify::new(),
             metrics,
         }))
     }
@@ -282,8 +289,9 @@ impl Peers {
     fn announced(&self, announce: Announce, from: SocketAddr, source: Source) -> Sighting {
         let address = from.ip().to_canonical();
         if !self.0.allow.iter().any(|network| network.contains(&address)) {
-            return Sighting::Full;
+            return Sighting::Refused;
         }
+        let port = announce.port;
         let sighting = {
             let mut registry = self.registry();
             let sighting = registry.announced(announce, from, source, Instant::now());
@@ -291,8 +299,14 @@ impl Peers {
             sighting
         };
         if sighting == Sighting::New && source != Source::Saved {
-            tracing::info!(%from, ?source, "a peer came");
-            self.tell(News::Came);
+            let mut asked_at = from;
+            asked_at.set_port(port);
+            // Ids are made up easily: whoever announces one after the other neither fills the log nor empties the misses.
+            if self.flush(address, News::Came) {
+                tracing::info!(from = %asked_at, ?source, "a peer came");
+            } else {
+                tracing::debug!(from = %asked_at, ?source, "another peer came");
+            }
         }
         sighting
     }
@@ -313,9 +327,28 @@ impl Peers {
         self.registry().knows(from)
     }
 
-    /// A peer has these paths now; none named means that they were too many.
-    fn gained(&self, hashes: Vec<StorePathHash>) {
-        self.tell(News::Gained(hashes));
+    /// A peer at this address has these paths now; none named means that they were too many.
+    fn gained(&self, hashes: Vec<StorePathHash>, from: IpAddr) {
+        if hashes.is_empty() {
+            self.flush(from.to_canonical(), News::Gained(hashes));
+        } else {
+            self.tell(News::Gained(hashes));
+        }
+    }
+
+    /// News after which nothing remembered is believed. True: now; else soon, since this address had its turn.
+    fn flush(&self, from: IpAddr, news: News) -> bool {
+        let is_now = self.flushes().ask(from, Instant::now());
+        if is_now {
+            self.tell(news);
+        } else {
+            self.0.put_off.notify_one();
+        }
+        is_now
+    }
+
+    fn flushes(&self) -> MutexGuard<'_, Flushes> {
+        self.0.flushes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// That nobody listens is no failure.

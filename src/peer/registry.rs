@@ -9,6 +9,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use super::blame::{Failure, Standing};
+use super::greetings::Greetings;
 use super::record::{Asking, Peer, PeerId, Place, Source};
 use super::wire::Announce;
 
@@ -26,6 +27,8 @@ pub enum Sighting {
     Known,
     /// Our own announcement.
     Ourselves,
+    /// From a network that is not allowed.
+    Refused,
     /// As many as [`Registry::new`] allows are known already, and all of them have answered once.
     Full,
 }
@@ -46,13 +49,14 @@ pub struct Registry {
     ttl: Duration,
     max_peers: usize,
     peers: HashMap<PeerId, Peer>,
+    greetings: Greetings,
 }
 
 impl Registry {
     /// An empty table. A peer that is silent for `ttl` is forgotten; beyond `max_peers` none is added.
     #[must_use]
     pub fn new(own_id: String, ttl: Duration, max_peers: usize) -> Self {
-        Self { own_id, ttl, max_peers, peers: HashMap::new() }
+        Self { own_id, ttl, max_peers, peers: HashMap::new(), greetings: Greetings::default() }
     }
 
     /// A host announced itself, from this address.
@@ -185,11 +189,12 @@ impl Registry {
         self.peers.remove(&id).is_some()
     }
 
-    /// Whether an announcement of this peer is to be answered. Not if one was a moment ago: two hosts that each answer
-    /// the other's answers would never end.
-    pub fn greet(&mut self, id: &PeerId, pause: Duration, now: Instant) -> bool {
+    /// Whether an announcement of this peer, from this address, is to be answered. Not if one was a moment ago: two hosts
+    /// that each answer the other's answers would never end.
+    pub fn greet(&mut self, id: &PeerId, from: IpAddr, pause: Duration, now: Instant) -> bool {
         let Some(peer) = self.peers.get_mut(id) else { return false };
-        let greet = peer.greeted.is_none_or(|at| now.saturating_duration_since(at) >= pause);
+        let is_due = peer.greeted.is_none_or(|at| now.saturating_duration_since(at) >= pause);
+        let greet = is_due && self.greetings.allow(from, pause, now);
         if greet {
             peer.greeted = Some(now);
         }

@@ -11,7 +11,6 @@ use tokio::net::UdpSocket;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
-use super::flushes::Flushes;
 use super::record::{PeerId, Source};
 use super::registry::Sighting;
 use super::wire::{Announce, MAX_DATAGRAM, Message};
@@ -97,7 +96,6 @@ pub(super) async fn receive(peers: Peers, sockets: Sockets, holdings: Holdings, 
             holdings: holdings.clone(),
             answering: Arc::clone(&answering),
             allow: Arc::clone(&allow),
-            flushes: Flushes::default(),
         };
         reception.run(Arc::clone(socket))
     });
@@ -110,22 +108,13 @@ struct Reception {
     holdings: Holdings,
     answering: Arc<Semaphore>,
     allow: Arc<[IpNet]>,
-    flushes: Flushes,
 }
 
 impl Reception {
-    async fn run(mut self, socket: Arc<UdpSocket>) {
+    async fn run(self, socket: Arc<UdpSocket>) {
         let mut buffer = [0; MAX_DATAGRAM + 1];
         loop {
-            let received = match self.flushes.next() {
-                Some(due) => tokio::time::timeout_at(due.into(), socket.recv_from(&mut buffer)).await.ok(),
-                None => Some(socket.recv_from(&mut buffer).await),
-            };
-            if self.flushes.take_due(Instant::now()) {
-                self.peers.gained(Vec::new());
-            }
-            let Some(received) = received else { continue };
-            match received {
+            match socket.recv_from(&mut buffer).await {
                 Ok((len, from)) => {
                     let message = buffer.get(..len).and_then(Message::parse);
                     self.peers.metrics().datagram_received(message.is_some());
@@ -147,7 +136,7 @@ impl Reception {
         self.allow.iter().any(|network| network.contains(&address))
     }
 
-    async fn take(&mut self, message: Message, from: SocketAddr) {
+    async fn take(&self, message: Message, from: SocketAddr) {
         match message {
             Message::Announce(announce) => {
                 let (is_reply, id) = (announce.reply, announce.id.clone());
@@ -158,7 +147,7 @@ impl Reception {
                 let sighting = self.peers.announced(announce, from, Source::Announced);
                 let answerable = matches!(sighting, Sighting::New | Sighting::Known) && !is_reply;
                 if answerable
-                    && self.peers.registry().greet(&id, GREETING_PAUSE, Instant::now())
+                    && self.peers.registry().greet(&id, from.ip(), GREETING_PAUSE, Instant::now())
                     && let Some(ours) = self.peers.own_announce_to(from)
                 {
                     let reply = Message::Announce(Announce { reply: true, ..ours });
@@ -167,11 +156,7 @@ impl Reception {
             }
             Message::Goodbye(id) => self.peers.goodbye(&id, from.ip()),
             Message::Gained(_) if !self.peers.knows(from.ip()) => {}
-            Message::Gained(hashes) => {
-                if !hashes.is_empty() || self.flushes.ask(from.ip().to_canonical(), Instant::now()) {
-                    self.peers.gained(hashes);
-                }
-            }
+            Message::Gained(hashes) => self.peers.gained(hashes, from.ip()),
             Message::HasPath(hash) => self.answer(from, hash, None),
             Message::HasPathWithNarHash(hash, nar_hash) => self.answer(from, hash, Some(nar_hash)),
             Message::Ping => self.sockets.send(&Message::Pong.to_datagram(), from).await,

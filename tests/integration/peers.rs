@@ -631,3 +631,31 @@ fn silent_newcomers_hold_up_no_question_to_whoever_is_known_to_answer() {
         assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     });
 }
+
+#[test]
+fn made_up_hosts_neither_empty_the_remembered_misses_nor_fill_the_log_without_end() {
+    let (peer, made_up) = (empty(), empty());
+    let found = Announced::start(&peer, "[cache]\nnegative_ttl = \"1h\"\n");
+    let (missing, name) = (format!("/nix/store/{}-x", "7".repeat(32)), format!("{}.narinfo", "7".repeat(32)));
+    let began = Instant::now();
+    for round in 0..60 {
+        let (id, port) = (format!("{round:0>16}"), made_up.address.port());
+        found.say(&found.socket, &serde_json::json!({"cmd": "announce", "id": id, "port": port}));
+        assert_eq!(ask(&found.daemon, &missing).status, 404);
+    }
+    let took = began.elapsed().as_secs() as usize;
+    assert!(peer.asked_for(&name) <= took + 5, "asked {} times in {took} s", peer.asked_for(&name));
+    let told = found.daemon.logged("a peer came");
+    assert!(told.len() <= took + 5, "{told:?}");
+    assert_eq!(told[0]["from"], peer.address.to_string());
+    // The last one is not lost.
+    let before = peer.asked_for(&name);
+    found.say(
+        &found.socket,
+        &serde_json::json!({"cmd": "announce", "id": "f".repeat(16), "port": made_up.address.port()}),
+    );
+    eventually("it is asked again", || {
+        assert_eq!(ask(&found.daemon, &missing).status, 404);
+        (peer.asked_for(&name) > before).then_some(())
+    });
+}
