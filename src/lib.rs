@@ -49,7 +49,9 @@
 //!
 //! ## The way to a peer
 //! `peer::discovery` starts what finds peers: datagrams (`peer::udp`, in the words of `peer::wire`, which peernix in Go speaks
-//! too), multicast DNS, the configuration, and the file of those known before. [`peer::Registry`] is the table, pure. What is
+//! too), multicast DNS, the configuration, and the file of those known before. This host is announced only from addresses that its
+//! cache is listened on at (`peer::listening`), and its answers to peers say which run of it answers, since it may be known
+//! by an address that the new run was not announced from. [`peer::Registry`] is the table, pure. What is
 //! not in the local store goes to `resolve::lookup`: the remembered misses, then one flight a hash that asks all candidates
 //! at once within one budget; the first good answer wins. `resolve::relay` gives the NAR: one
 //! download (`resolve::download`) from the peer that the peer cache names, or from whoever has it now, goes on at another one
