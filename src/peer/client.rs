@@ -77,6 +77,8 @@ impl FetchError {
 #[derive(Clone, Debug)]
 pub struct PeerClient {
     http: reqwest::Client,
+    /// The peer's, as it is known by.
+    url: String,
     base: String,
     asking: Asking,
     /// Who is expected there, if it said.
@@ -109,7 +111,18 @@ impl PeerClient {
             _ => peer.url.clone(),
         };
         let http = builder.build().map_err(|error| FetchError::Request(error.to_string()))?;
-        Ok(Self { http, base, asking: peer.asking, instance: peer.announce.id.clone() })
+        Ok(Self {
+            http,
+            url: peer.url.clone(),
+            base,
+            asking: peer.asking,
+            instance: peer.announce.id.clone(),
+        })
+    }
+
+    /// Whether it is still the way to this peer.
+    pub(super) fn leads_to(&self, peer: &Peer) -> bool {
+        self.url == peer.url && self.asking == peer.asking
     }
 
     /// The text of a narinfo; `None` is "not here". At most `within`.
@@ -239,26 +252,32 @@ fn to_error(error: reqwest::Error) -> FetchError {
     while let Some(inner) = source.source() {
         source = inner;
     }
-    // That we have no descriptors left is not the peer's fault.
-    let code = source.downcast_ref::<std::io::Error>().and_then(rustix::io::Errno::from_io_error);
-    match code {
-        Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE) => FetchError::Request(source.to_string()),
-        _ => FetchError::Network(source.to_string()),
+    match source.downcast_ref::<std::io::Error>() {
+        Some(error) => io_error(error),
+        None => FetchError::Network(source.to_string()),
+    }
+}
+
+/// That we have no descriptors left is not the peer's fault.
+fn io_error(error: &std::io::Error) -> FetchError {
+    match rustix::io::Errno::from_io_error(error) {
+        Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE) => FetchError::Request(error.to_string()),
+        _ => FetchError::Network(error.to_string()),
     }
 }
 
 /// Asks by datagram, again and again until the caller's deadline. Answers name no question, so each has its own socket.
 async fn has_path(address: SocketAddr, hash: &StorePathHash) -> Result<bool, FetchError> {
-    let network = |error: std::io::Error| FetchError::Network(error.to_string());
+    let failed = |error: std::io::Error| io_error(&error);
     let local: SocketAddr = if address.is_ipv4() { ([0u8; 4], 0).into() } else { ([0u16; 8], 0).into() };
-    let socket = tokio::net::UdpSocket::bind(local).await.map_err(network)?;
-    socket.connect(address).await.map_err(network)?;
+    let socket = tokio::net::UdpSocket::bind(local).await.map_err(failed)?;
+    socket.connect(address).await.map_err(failed)?;
     let question = Message::HasPath(*hash).to_datagram();
     let (mut pause, mut buffer) = (FIRST_RESEND, [0; MAX_DATAGRAM]);
     loop {
-        socket.send(&question).await.map_err(network)?;
+        socket.send(&question).await.map_err(failed)?;
         if let Ok(received) = timeout(pause, socket.recv(&mut buffer)).await {
-            let len = received.map_err(network)?;
+            let len = received.map_err(failed)?;
             match buffer.get(..len).and_then(Message::parse) {
                 Some(Message::Yes) => return Ok(true),
                 Some(Message::NotFound) => return Ok(false),
@@ -266,5 +285,18 @@ async fn has_path(address: SocketAddr, hash: &StorePathHash) -> Result<bool, Fet
             }
         }
         pause *= 2;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn that_there_are_no_descriptors_left_is_not_the_fault_of_a_peer() {
+        let blame = |code: i32| io_error(&std::io::Error::from_raw_os_error(code)).blame();
+        assert_eq!(blame(rustix::io::Errno::MFILE.raw_os_error()), Blame::Us);
+        assert_eq!(blame(rustix::io::Errno::NFILE.raw_os_error()), Blame::Us);
+        assert_eq!(blame(rustix::io::Errno::CONNREFUSED.raw_os_error()), Blame::Network);
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt as _;
+use futures_util::{StreamExt as _, stream};
 use ipnet::IpNet;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -25,6 +25,8 @@ const BURST: [Duration; 4] =
     [Duration::ZERO, Duration::from_millis(250), Duration::from_millis(600), Duration::from_millis(1200)];
 /// How long a health check may take.
 const CHECK_TIME: Duration = Duration::from_secs(2);
+/// Health checks at the same time: a file may name a thousand peers.
+const CHECKS: usize = 64;
 const SAVE_PERIOD: Duration = Duration::from_secs(30);
 /// Gained paths are gathered for so long before they are told.
 const GAIN_PAUSE: Duration = Duration::from_millis(200);
@@ -260,11 +262,8 @@ async fn look_after(peers: Peers, period: Duration, file: Option<PathBuf>) {
     let mut saved = Instant::now();
     loop {
         ticks.tick().await;
-        let mut checks = JoinSet::new();
-        for peer in peers.registry().silent(period * 2, Instant::now()) {
-            checks.spawn(check(peers.clone(), peer));
-        }
-        while checks.join_next().await.is_some() {}
+        let silent = peers.registry().silent(period * 2, Instant::now());
+        stream::iter(silent).for_each_concurrent(CHECKS, |peer| check(&peers, peer)).await;
         peers.expire();
         if saved.elapsed() >= SAVE_PERIOD {
             save(file.clone(), &peers).await;
@@ -273,7 +272,7 @@ async fn look_after(peers: Peers, period: Duration, file: Option<PathBuf>) {
     }
 }
 
-async fn check(peers: Peers, peer: Peer) {
+async fn check(peers: &Peers, peer: Peer) {
     let began = Instant::now();
     let checked = match peers.client(&peer) {
         Ok(client) => client.check(CHECK_TIME).await,

@@ -63,7 +63,7 @@ pub struct Peers(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     registry: Mutex<Registry>,
-    clients: Mutex<HashMap<PeerId, (String, PeerClient)>>,
+    clients: Mutex<HashMap<PeerId, PeerClient>>,
     allow: Box<[IpNet]>,
     own_id: String,
     own: Mutex<Announce>,
@@ -181,23 +181,31 @@ impl Peers {
 
     /// The way to a peer.
     pub fn client(&self, peer: &Peer) -> Result<PeerClient, FetchError> {
-        let mut clients = self.0.clients.lock().unwrap_or_else(PoisonError::into_inner);
-        match clients.get(&peer.id) {
-            Some((url, client)) if *url == peer.url => Ok(client.clone()),
-            _ => {
-                let client = PeerClient::new(peer, self.own_id())?;
-                let registry = self.registry();
-                // Whoever was forgotten since the caller looked is not kept here for ever.
-                if registry.get(&peer.id).is_some() {
-                    // Some leave the table without a word: made room for, or started again as another.
-                    if clients.len() > registry.len() {
-                        clients.retain(|id, _| registry.get(id).is_some());
-                    }
-                    clients.insert(peer.id.clone(), (peer.url.clone(), client.clone()));
-                }
-                Ok(client)
-            }
+        let known = self.clients().get(&peer.id).filter(|client| client.leads_to(peer)).cloned();
+        if let Some(client) = known {
+            return Ok(client);
         }
+        // Not under the lock, where all others would wait: it may read this system's certificates.
+        let made = PeerClient::new(peer, self.own_id())?;
+        let mut clients = self.clients();
+        // Somebody else may have made one meanwhile, and its connections are worth keeping.
+        if let Some(client) = clients.get(&peer.id).filter(|client| client.leads_to(peer)) {
+            return Ok(client.clone());
+        }
+        let registry = self.registry();
+        // Whoever was forgotten since the caller looked is not kept here for ever.
+        if registry.get(&peer.id).is_some() {
+            // Some leave the table without a word: made room for, or started again as another.
+            if clients.len() > registry.len() {
+                clients.retain(|id, _| registry.get(id).is_some());
+            }
+            clients.insert(peer.id.clone(), made.clone());
+        }
+        Ok(made)
+    }
+
+    fn clients(&self) -> MutexGuard<'_, HashMap<PeerId, PeerClient>> {
+        self.0.clients.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A request to a peer begins.
@@ -270,7 +278,7 @@ impl Peers {
 
     fn left(&self, id: &PeerId, still_known: usize) {
         self.0.metrics.known.set(still_known as i64);
-        self.0.clients.lock().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.clients().remove(id);
     }
 
     /// It said what is not so.
@@ -371,7 +379,7 @@ impl Peers {
             (registry.expire(Instant::now()), registry.len())
         };
         self.0.metrics.known.set(left as i64);
-        let mut clients = self.0.clients.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut clients = self.clients();
         for id in gone {
             tracing::info!(peer.id = %id, "a peer was silent for too long and is forgotten");
             clients.remove(&id);
