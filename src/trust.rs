@@ -111,12 +111,6 @@ impl TrustedNarInfo {
         &self.narinfo
     }
 
-    /// The same, to be changed in its transport part.
-    #[must_use]
-    pub fn into_narinfo(self) -> NarInfo {
-        self.narinfo
-    }
-
     /// Whether our own signature may stand under it. A content address proves the path, and NarHash at best, but never
     /// NarSize, which a signature vouches for too.
     #[must_use]

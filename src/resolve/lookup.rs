@@ -18,7 +18,7 @@ use crate::cache::{Misses, Origin, PeerCache, Question, Served};
 use crate::metrics::LookupMetrics;
 use crate::nix::cache_url::rebuilt_nar_path;
 use crate::nix::narinfo::NarInfo;
-use crate::nix::{NarHash, StoreDir, StorePathHash};
+use crate::nix::{NarHash, Signature, StoreDir, StorePathHash};
 use crate::peer::{Blame, Peer, PeerId, Peers};
 use crate::trust::{Trust, TrustedNarInfo};
 
@@ -30,6 +30,11 @@ const AT_ONCE: usize = 32;
 const NEWCOMERS_AT_ONCE: usize = 16;
 /// How much later than its questions a flight ends.
 const LAST_WORD: Duration = Duration::from_millis(10);
+/// Signatures of one narinfo: each that may be a trusted key's takes time to check.
+const MAX_SIGNATURES: usize = 64;
+/// Names of keys that are told of what nobody trusted has signed, and the characters of each.
+const NAMES_TOLD: usize = 8;
+const NAME_LENGTH: usize = 64;
 /// After how long it is said once more of a peer that its paths are not passed on.
 const SAID_AGAIN: Duration = Duration::from_secs(300);
 /// The first pause before a peer that can't be reached is tried again.
@@ -252,6 +257,9 @@ impl Lookup {
     fn read(&self, text: &[u8], hash: &StorePathHash) -> Result<NarInfo, String> {
         let narinfo = NarInfo::parse(text, &self.0.parts.store_dir)
             .map_err(|error| format!("a narinfo that is none: {error}"))?;
+        if narinfo.info.signatures.len() > MAX_SIGNATURES {
+            return Err(format!("a narinfo with {} signatures", narinfo.info.signatures.len()));
+        }
         if narinfo.info.hash() == *hash { Ok(narinfo) } else { Err("the narinfo of another path".to_owned()) }
     }
 
@@ -266,6 +274,7 @@ impl Lookup {
             tracing::debug!(peer.id = %peer.id, "a peer has the path packed, which is not relayed");
             return None;
         }
+        let signed_by = key_names(&narinfo);
         match self.0.parts.trust.verify(narinfo) {
             Ok(narinfo) => {
                 let info = &narinfo.narinfo().info;
@@ -284,7 +293,7 @@ impl Lookup {
                 self.0.parts.metrics.untrusted.inc();
                 // It may have thousands of such paths: the first says what to do.
                 if self.0.untrusted.entry(peer.id.clone()).or_insert(()).is_fresh() {
-                    tracing::info!(peer.id = %peer.id, store_path.hash = %hash, %error, "a peer's path is not passed on");
+                    tracing::info!(peer.url, signed_by, store_path.hash = %hash, %error, "a peer's path is not passed on");
                 } else {
                     tracing::debug!(peer.id = %peer.id, store_path.hash = %hash, %error, "another path is not passed on");
                 }
@@ -292,6 +301,13 @@ impl Lookup {
             }
         }
     }
+}
+
+/// By whom it says to be signed.
+fn key_names(narinfo: &NarInfo) -> String {
+    let signatures = narinfo.info.signatures.iter().take(NAMES_TOLD);
+    let name = |signature: &Signature| signature.key_name.chars().take(NAME_LENGTH).collect::<String>();
+    signatures.map(name).collect::<Vec<_>>().join(" ")
 }
 
 impl Outcome {

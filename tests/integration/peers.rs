@@ -67,6 +67,9 @@ fn what_nobody_trusted_has_signed_is_not_passed_on_unless_that_is_left_to_the_cl
     let (daemon, _store) = relaying(&stranger, &[honest.daemon.substituter()], "");
     assert_eq!(ask(&daemon, &honest.path).status, 404);
     assert_eq!(daemon.metric("peernix_untrusted_narinfos_total"), 1.0);
+    let told = daemon.logged("a peer's path is not passed on").remove(0);
+    assert_eq!(told["peer.url"], honest.daemon.substituter());
+    assert_eq!(told["signed_by"], honest.key.split(':').next().unwrap());
 
     let store = Store::new();
     let url = honest.daemon.substituter();
@@ -109,59 +112,79 @@ fn a_peer_that_lies_costs_itself_and_the_client_gets_the_path_from_an_honest_one
     fn narinfo(path: &str) -> bool {
         path.ends_with(".narinfo")
     }
-    let lies: [(&str, Lie); 9] =
+    // What each is counted as: no lie where it can't be known to be one.
+    let (lie, wrong) = ("peernix_peer_lies_total", "peernix_peer_requests_total{outcome=\"wrong\"}");
+    let untrusted = "peernix_untrusted_narinfos_total";
+    let lies: [(&str, &str, Lie); 10] =
         [
-            ("another path", |path, body| {
+            ("another path", lie, |path, body| {
                 if !narinfo(path) {
                     return Script::ok(body);
                 }
                 let other = format!("/nix/store/{}-payload", "8".repeat(32));
                 change(body, "StorePath", &other)
             }),
-            ("a bad signature", |path, body| {
+            ("a bad signature", untrusted, |path, body| {
                 if narinfo(path) { change(body, "Sig", "x-1:AAAA") } else { Script::ok(body) }
             }),
-            ("another NarHash", |path, body| {
+            ("another NarHash", untrusted, |path, body| {
                 let hash = "sha256:0mdqa9w1p6cmli6976v4wi0sw9r4p5prkj7lzfd1877wk11c9c73";
                 if narinfo(path) { change(body, "NarHash", hash) } else { Script::ok(body) }
             }),
-            (
-                "no narinfo",
-                |path, body| if narinfo(path) { Script::ok(b"<html>".to_vec()) } else { Script::ok(body) },
-            ),
-            ("an endless narinfo", |path, body| {
+            ("no narinfo", lie, |path, body| {
+                if narinfo(path) { Script::ok(b"<html>".to_vec()) } else { Script::ok(body) }
+            }),
+            ("an endless narinfo", wrong, |path, body| {
                 if narinfo(path) {
                     Script { length: None, ..Script::ok(vec![b'x'; 2 << 20]) }
                 } else {
                     Script::ok(body)
                 }
             }),
-            ("other bytes", |path, mut body| {
+            ("other bytes", lie, |path, mut body| {
                 if !narinfo(path) {
                     let middle = body.len() / 2;
                     body[middle] ^= 1;
                 }
                 Script::ok(body)
             }),
-            ("a short NAR", |path, mut body| {
+            ("a short NAR", lie, |path, mut body| {
                 if !narinfo(path) {
                     body.truncate(body.len() - 8);
                 }
                 Script::ok(body)
             }),
-            ("an endless NAR", |path, mut body| {
+            ("an endless NAR", lie, |path, mut body| {
                 if narinfo(path) {
                     return Script::ok(body);
                 }
                 body.resize(body.len() + (1 << 20), 0);
                 Script { length: None, ..Script::ok(body) }
             }),
-            ("a server error", |path, body| {
+            ("thousands of signatures", lie, |path, body| {
+                if !narinfo(path) {
+                    return Script::ok(body);
+                }
+                let text = String::from_utf8(body).unwrap();
+                let signatures = field(&text, "Sig").unwrap();
+                let more = format!("Sig: {signatures}\n").repeat(1000);
+                Script::ok(format!("{text}{more}").into_bytes())
+            }),
+            ("a server error", wrong, |path, body| {
                 if narinfo(path) { Script { status: 500, ..Script::ok(body) } } else { Script::ok(body) }
             }),
         ];
     let honest = honest(100_000);
-    for (name, lie) in lies {
+    let upstream = honest.daemon.url("nix-cache");
+    let late = Scripted::start(move |path| {
+        let truth = get(&format!("{upstream}/{path}"));
+        if path.ends_with(".narinfo") {
+            // The liar is heard first.
+            std::thread::sleep(Duration::from_millis(400));
+        }
+        Script { status: truth.status, ..Script::ok(truth.bytes()) }
+    });
+    for (name, cost, lie) in lies {
         let (upstream, part) = (honest.daemon.url("nix-cache"), hash_part(&honest.path).to_owned());
         let liar = Scripted::start(move |path| {
             let truth = get(&format!("{upstream}/{path}"));
@@ -171,17 +194,20 @@ fn a_peer_that_lies_costs_itself_and_the_client_gets_the_path_from_an_honest_one
             lie(path, truth.bytes())
         });
         // The liar alone: a 404, never bad bytes as if they were good.
-        let (daemon, _store) = relaying(&honest.key, &[liar.url()], "");
+        let settings = "[resolve]\nnarinfo_budget = \"5s\"";
+        let (daemon, _store) = relaying(&honest.key, &[liar.url()], settings);
         let told = ask(&daemon, &honest.path);
         if told.status == 200 {
             assert_eq!(get(&daemon.url(&honest.nar_url)).status, 404, "{name}");
         } else {
             assert_eq!(told.status, 404, "{name}");
         }
+        assert!(daemon.metric(cost) >= 1.0, "{name}");
         // Beside an honest peer: the path.
-        let (daemon, _store) = relaying(&honest.key, &[liar.url(), honest.daemon.substituter()], "");
+        let (daemon, _store) = relaying(&honest.key, &[liar.url(), late.url()], settings);
         assert_eq!(ask(&daemon, &honest.path).status, 200, "{name}");
         assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar, "{name}");
+        assert!(daemon.metric(cost) >= 1.0, "{name}");
     }
 }
 
@@ -342,6 +368,27 @@ fn a_peer_that_speaks_as_peernix_in_go_is_found_asked_and_answered() {
     let told = ask(&daemon, &path).text();
     let nar = get(&daemon.url(&field(&told, "URL").unwrap())).bytes();
     assert_eq!(nar, get(&served.url(&format!("{}.nar", hash_part(&path)))).bytes());
+
+    // Started again: it announces itself from another port, and is asked there.
+    let moved = UdpSocket::bind("127.0.0.1:0").unwrap();
+    moved.send_to(ours.to_string().as_bytes(), from).unwrap();
+    let asked = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&asked);
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok((len, from)) = moved.recv_from(&mut buffer) {
+            if buffer[..len].starts_with(b"has_path?") {
+                counted.fetch_add(1, Ordering::SeqCst);
+                moved.send_to(b"not_found", from).unwrap();
+            }
+        }
+    });
+    let mut number = 0;
+    eventually("it is asked there", || {
+        number += 1;
+        assert_eq!(ask(&daemon, &format!("/nix/store/{number:0>32}-x")).status, 404);
+        (asked.load(Ordering::SeqCst) > 0).then_some(())
+    });
 }
 
 #[test]
