@@ -1,9 +1,8 @@
 //! Narinfos of the local store whose NAR was not there within the lease, and whose fault that was.
 //!
-//! A collector of Nix decides on a path together with all that refer to it, and deletes them one after the other. A root that
-//! comes between is acknowledged and does not help any more, and until its turn the path is valid for whoever asks (Nix's
-//! `deleteReferrersClosure` waits for the path alone that it looked at last). No daemon can know of that; so such a path counts
-//! apart, if its collector had begun before the narinfo was answered.
+//! A collector may have decided on a path, together with all that refer to it, before the daemon leased it: whether Nix then
+//! still spares it is not certain, and until its turn the path is valid for whoever asks. So what a collector deleted that
+//! had begun before the narinfo was answered counts apart. It is printed, since a lease that does not hold may hide there too.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
