@@ -1,0 +1,217 @@
+//! The local daemon against nginx with the same NARs as files: `cargo bench --bench http`.
+//!
+//! Both on loopback and from a warm cache, in turn, in every round; a ratio is the median of the rounds' own. Narinfos by wrk,
+//! NARs by a client that throws them away, `nix copy` into a fresh store. nginx has a worker for each core and sendfile. Needs
+//! nix-bin, nginx-light and wrk, and 6 GB in the temporary folder, which had better be no tmpfs: that can't say what is in
+//! memory, and no store lies on one.
+//!
+//! `-- --rounds N` for other than five; `-- --only hits,misses,latency,large,middling,files,copy` for some of the rows.
+
+#![allow(missing_docs, reason = "a program without an interface")]
+
+mod client;
+mod servers;
+mod store;
+mod table;
+
+use std::collections::HashMap;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Duration;
+
+use client::{Nar, nars, read, walk};
+use servers::{Kind, Server};
+use store::Store;
+use table::{Table, Wanted};
+
+/// Each program that is run, and the Debian package that has it.
+const TOOLS: &[(&str, &str)] = &[
+    ("nginx", "nginx-light"),
+    ("wrk", "wrk"),
+    ("nix", "nix-bin"),
+    ("nix-build", "nix-bin"),
+    ("nix-store", "nix-bin"),
+    ("nix-instantiate", "nix-bin"),
+];
+
+const PARTS: &[&str] = &["hits", "misses", "latency", "large", "middling", "files", "copy"];
+
+struct Arguments {
+    rounds: usize,
+    only: Vec<String>,
+}
+
+impl Arguments {
+    fn parse() -> Result<Self, String> {
+        let mut parsed = Self { rounds: 5, only: Vec::new() };
+        let mut arguments = std::env::args().skip(1).filter(|argument| argument != "--bench");
+        while let Some(argument) = arguments.next() {
+            let value = arguments.next().ok_or(format!("{argument} needs a value"))?;
+            match &*argument {
+                "--rounds" => {
+                    parsed.rounds = value.parse().map_err(|_| format!("{value} is not a number"))?
+                }
+                "--only" => parsed.only = value.split(',').map(str::to_owned).collect(),
+                _ => return Err(format!("{argument} is neither --rounds nor --only")),
+            }
+        }
+        match parsed.only.iter().find(|part| !PARTS.contains(&&***part)) {
+            Some(part) => Err(format!("{part} is none of {}", PARTS.join(", "))),
+            None => Ok(parsed),
+        }
+    }
+
+    fn want(&self, part: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|wanted| wanted == part)
+    }
+}
+
+fn main() -> ExitCode {
+    // `cargo bench` passes its own arguments to every bench, and `cargo test` runs them without any.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return ExitCode::SUCCESS;
+    }
+    let arguments = match Arguments::parse() {
+        Ok(arguments) => arguments,
+        Err(problem) => {
+            eprintln!("{problem}");
+            return ExitCode::from(2);
+        }
+    };
+    let missing: Vec<_> = TOOLS.iter().filter(|(program, _)| !runs(program)).collect();
+    for (program, package) in &missing {
+        eprintln!("{program} is missing: apt-get install {package}");
+    }
+    if !missing.is_empty() {
+        return ExitCode::FAILURE;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let store = Store::make(folder.path());
+    let mut table = Table::default();
+    for round in 0..arguments.rounds {
+        println!("round {} of {}", round + 1, arguments.rounds);
+        // Who goes first has no advantage in the end.
+        let order = if round % 2 == 0 { [Kind::Peernix, Kind::Nginx] } else { [Kind::Nginx, Kind::Peernix] };
+        Round { arguments: &arguments, store: &store, order, table: &mut table }.run();
+    }
+    table.print();
+    ExitCode::SUCCESS
+}
+
+fn runs(program: &str) -> bool {
+    let mut command = Command::new(program);
+    command.arg("-v").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.status().is_ok()
+}
+
+struct Round<'a> {
+    arguments: &'a Arguments,
+    store: &'a Store,
+    order: [Kind; 2],
+    table: &'a mut Table,
+}
+
+impl Round<'_> {
+    fn run(&mut self) {
+        let servers = self.order.map(|kind| self.start(kind));
+        // All that follows is warm: each narinfo was asked for once.
+        let nars = servers.each_ref().map(|server| nars(server.address, &self.store.all));
+        for part in PARTS.iter().filter(|part| self.arguments.want(part)) {
+            for (server, nars) in servers.iter().zip(&nars) {
+                match *part {
+                    "hits" | "misses" | "latency" => self.narinfos(server, part),
+                    "large" => self.large(server, &nars[&self.store.large]),
+                    "middling" => self.middling(server, nars),
+                    "copy" => self.copy(server),
+                    // Has servers of its own, below.
+                    _ => {}
+                }
+            }
+        }
+        let mut peaks = servers.each_ref().map(|server| server.memory("VmHWM"));
+        drop(servers);
+        if self.arguments.want("files") {
+            for streams in [1, 8] {
+                for (at, kind) in self.order.into_iter().enumerate() {
+                    peaks[at] = peaks[at].max(self.files(kind, streams));
+                }
+            }
+        }
+        for (kind, peak) in self.order.into_iter().zip(peaks) {
+            self.table.add(kind, "resident memory, peak, MB", Wanted::Below(64.0), peak);
+        }
+    }
+
+    fn start(&mut self, kind: Kind) -> Server {
+        let server = Server::start(kind, self.store);
+        let millis = server.first_answer.as_secs_f64() * 1e3;
+        self.table.add(kind, "first 200 after the start, ms", Wanted::Below(50.0), millis);
+        // What the start itself still does in the background is over by then.
+        std::thread::sleep(Duration::from_millis(200));
+        self.table.add(kind, "resident memory, idle, MB", Wanted::Below(20.0), server.memory("VmRSS"));
+        server
+    }
+
+    fn narinfos(&mut self, server: &Server, part: &str) {
+        let Store { folder, hits, misses, .. } = self.store;
+        let (label, wanted, value) = match part {
+            "hits" => {
+                let walk = walk(folder, server.address, 16, hits, 200);
+                ("narinfo hits, 16 connections, 1/s", Wanted::AtLeast(0.8), walk.requests_per_second)
+            }
+            "misses" => {
+                let walk = walk(folder, server.address, 16, misses, 404);
+                ("narinfo misses, 16 connections, 1/s", Wanted::AtLeast(0.8), walk.requests_per_second)
+            }
+            _ => {
+                let walk = walk(folder, server.address, 1, hits, 200);
+                ("narinfo, 1 connection, median, µs", Wanted::AtMost(1.3), walk.median_micros)
+            }
+        };
+        self.table.add(server.kind, label, wanted, value);
+    }
+
+    fn large(&mut self, server: &Server, nar: &Nar) {
+        for (streams, times, rate_label, cpu_label) in [
+            (1, 3, "NAR of 671 MB, 1 stream, MB/s", "its CPU, 1 stream, s/GB"),
+            (8, 8, "NAR of 671 MB, 8 streams, MB/s", "its CPU, 8 streams, s/GB"),
+        ] {
+            let before = server.cpu();
+            let read = read(server.address, streams, vec![nar; times]);
+            let cpu = (server.cpu() - before) / read.gigabytes;
+            self.table.add(server.kind, rate_label, Wanted::AtLeast(1.0), read.rate());
+            self.table.add(server.kind, cpu_label, Wanted::AtMost(1.2), cpu);
+        }
+    }
+
+    fn middling(&mut self, server: &Server, nars: &HashMap<String, Nar>) {
+        let nars: Vec<&Nar> = self.store.middling.iter().map(|hash| &nars[hash]).collect();
+        for (streams, label) in
+            [(1, "NARs of 300 paths, 1 stream, MB/s"), (8, "NARs of 300 paths, 8 streams, MB/s")]
+        {
+            let rate = read(server.address, streams, nars.clone()).rate();
+            self.table.add(server.kind, label, Wanted::AtLeast(0.9), rate);
+        }
+    }
+
+    /// From a server that has just started, and once more from the same; and how much memory it took.
+    fn files(&mut self, kind: Kind, streams: usize) -> f64 {
+        let (first, again) = if streams == 1 {
+            ("NAR of 20,000 files, 1 stream, MB/s", "asked again, 1 stream, MB/s")
+        } else {
+            ("NAR of 20,000 files, 8 streams, MB/s", "asked again, 8 streams, MB/s")
+        };
+        let server = self.start(kind);
+        let nars = nars(server.address, std::slice::from_ref(&self.store.files));
+        let nar = &nars[&self.store.files];
+        let rate = read(server.address, streams, vec![nar; streams]).rate();
+        self.table.add(kind, first, Wanted::AtLeast(0.35), rate);
+        let rate = read(server.address, streams, vec![nar; 2 * streams.max(4)]).rate();
+        self.table.add(kind, again, Wanted::AtLeast(0.9), rate);
+        server.memory("VmHWM")
+    }
+
+    fn copy(&mut self, server: &Server) {
+        let seconds = self.store.copy_from(server);
+        self.table.add(server.kind, "nix copy of 300 paths, s", Wanted::AtMost(1.05), seconds);
+    }
+}
