@@ -211,7 +211,7 @@ impl Round<'_> {
     }
 
     fn copy(&mut self, server: &Server) {
-        let seconds = self.store.copy_from(server);
+        let seconds = self.store.copy_from(server.address);
         self.table.add(server.kind, "nix copy of 300 paths, s", Wanted::AtMost(1.05), seconds);
     }
 }

@@ -1,11 +1,10 @@
 //! What is served: a store that the real Nix makes, and its copy in files.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Instant;
-
-use crate::servers::Server;
 
 /// Misses that wrk walks through: more than the hits, so that neither side meets the same one often.
 const MISSES: usize = 20_000;
@@ -101,11 +100,11 @@ impl Store {
     }
 
     /// Copies the middling paths into a store that is empty, and says how many seconds that took.
-    pub(crate) fn copy_from(&self, server: &Server) -> f64 {
+    pub(crate) fn copy_from(&self, server: SocketAddr) -> f64 {
         let target = self.folder.join("target");
         let mut copy = nix("nix", &self.folder);
         copy.args(["--extra-experimental-features", "nix-command", "copy", "--from"]);
-        copy.arg(format!("http://{}", server.address)).arg("--to").arg(&target).arg(&self.middling_root);
+        copy.arg(format!("http://{server}")).arg("--to").arg(&target).arg(&self.middling_root);
         copy.args(["--option", "require-sigs", "true", "--option", "trusted-public-keys", &self.public_key]);
         let began = Instant::now();
         run(&mut copy);

@@ -2,6 +2,7 @@
 //!
 //! Bounded, with an expiry, and gone with the daemon. Knows peers by their ids and nothing of how they are asked.
 
+mod budget;
 mod misses;
 mod peer_cache;
 mod spool;

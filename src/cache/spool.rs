@@ -18,8 +18,8 @@ use bytes::Bytes;
 use shuttle::sync::{Mutex, MutexGuard};
 use thiserror::Error;
 
+use super::budget::{Budget, Reserved};
 use super::spool_state::{Keep, Piece, Progress, Reading, SpoolError, State, WINDOW, wake};
-use super::spools::{Budget, Reserved};
 
 /// Readers did not leave in time. The contents stay until they do.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -458,7 +458,7 @@ mod tests {
                 let writing = thread::spawn(move || write(writer, CHUNKS));
                 if let Some(second) = spool.read() {
                     if spool.wants_file() {
-                        let budget = super::super::spools::tests::reserved(1);
+                        let budget = super::super::budget::Budget::new(1, Arc::default()).reserve(1).unwrap();
                         spool.give_file(tempfile::tempfile().unwrap(), budget);
                     }
                     assert_eq!(follow(second, usize::MAX).unwrap(), CHUNK * CHUNKS);

@@ -12,7 +12,7 @@ use std::task::Waker;
 use bytes::Bytes;
 use thiserror::Error;
 
-use super::spools::Reserved;
+use super::budget::Reserved;
 
 /// How much of a download is kept in memory beside its file, or for its readers if it has none, in bytes.
 pub(super) const WINDOW: u64 = 4 * 1024 * 1024;

@@ -7,12 +7,12 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+use super::budget::{Budget, Reserved};
 use super::spool::{Spool, SpoolReader, SpoolWriter, StillRead};
 use super::spool_state::{Keep, WINDOW};
 use crate::nix::NarHash;
@@ -49,58 +49,6 @@ struct Entry {
     used: Instant,
 }
 
-/// A sum that is not exceeded.
-#[derive(Debug)]
-pub(super) struct Budget {
-    limit: u64,
-    taken: AtomicU64,
-    /// Told when something may have come free.
-    freed: Arc<Notify>,
-}
-
-/// A part of a budget; dropping it gives it back.
-#[derive(Debug)]
-pub(super) struct Reserved {
-    budget: Arc<Budget>,
-    amount: u64,
-}
-
-impl Reserved {
-    /// Whether it is a part of this one.
-    pub(super) fn is_of(&self, budget: &Arc<Budget>) -> bool {
-        Arc::ptr_eq(&self.budget, budget)
-    }
-
-    pub(super) fn amount(&self) -> u64 {
-        self.amount
-    }
-
-    /// Whoever waits for a place may have this one.
-    pub(super) fn offer(&self) {
-        self.budget.freed.notify_waiters();
-    }
-}
-
-impl Drop for Reserved {
-    fn drop(&mut self) {
-        self.budget.taken.fetch_sub(self.amount, Ordering::AcqRel);
-        self.budget.freed.notify_waiters();
-    }
-}
-
-impl Budget {
-    /// How much may be reserved.
-    fn free(&self) -> u64 {
-        self.limit.saturating_sub(self.taken.load(Ordering::Acquire))
-    }
-
-    fn reserve(self: &Arc<Self>, amount: u64) -> Option<Reserved> {
-        let fits = |taken: u64| taken.checked_add(amount).filter(|sum| *sum <= self.limit);
-        let taken = self.taken.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits);
-        taken.is_ok().then(|| Reserved { budget: Arc::clone(self), amount })
-    }
-}
-
 /// How somebody who wants a NAR gets it.
 #[derive(Debug)]
 pub enum Begin {
@@ -118,8 +66,7 @@ impl Spools {
     #[must_use]
     pub fn new(directory: Option<PathBuf>, memory: u64, disk: u64) -> Self {
         let freed = Arc::new(Notify::new());
-        let budget = |limit| Arc::new(Budget { limit, taken: AtomicU64::new(0), freed: Arc::clone(&freed) });
-        let (memory, disk) = (budget(memory), budget(disk));
+        let (memory, disk) = (Budget::new(memory, Arc::clone(&freed)), Budget::new(disk, freed));
         Self(Arc::new(Inner { directory, memory, disk, table: Mutex::default() }))
     }
 
@@ -133,7 +80,7 @@ impl Spools {
     /// no memory to be had, and the caller says for how long.
     pub async fn begin(&self, nar: &NarHash, size: u64, whole: bool) -> Begin {
         loop {
-            let freed = self.0.memory.freed.notified();
+            let freed = self.0.memory.freed().notified();
             if let Some(begin) = self.try_begin(nar, size, whole) {
                 return begin;
             }
@@ -168,7 +115,7 @@ impl Spools {
         }
         let is_shared = there.is_some_and(|spool| !spool.is_idle());
         // With less memory than a window takes, there is one at a time.
-        let in_memory = if whole { size } else { WINDOW.min(size).min(self.0.memory.limit) };
+        let in_memory = if whole { size } else { WINDOW.min(size).min(self.0.memory.limit()) };
         let in_memory = table.make_room(&self.0.memory, in_memory, |_| true)?;
         // Somebody is too far ahead to be joined: so others may come after this one too.
         let file = if is_shared && !whole { self.file(&mut table, size) } else { None };
@@ -237,7 +184,7 @@ impl Spools {
     pub async fn close(&self, within: Duration) -> Result<(), StillRead> {
         let all = self.lock().close();
         // Who waits for memory waits in vain.
-        self.0.memory.freed.notify_waiters();
+        self.0.memory.freed().notify_waiters();
         let closed = futures_util::future::join_all(all.iter().map(|spool| spool.close(within))).await;
         let late: usize = closed.iter().filter_map(|closed| closed.as_ref().err()).map(|e| e.readers).sum();
         if late == 0 { Ok(()) } else { Err(StillRead { readers: late, waited: within }) }
@@ -246,8 +193,7 @@ impl Spools {
     /// Bytes of memory and of disk that are taken now.
     #[must_use]
     pub fn taken(&self) -> (u64, u64) {
-        let taken = |budget: &Budget| budget.taken.load(Ordering::Acquire);
-        (taken(&self.0.memory), taken(&self.0.disk))
+        (self.0.memory.taken(), self.0.disk.taken())
     }
 
     fn lock(&self) -> MutexGuard<'_, Table> {
@@ -319,32 +265,13 @@ impl Table {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use std::collections::VecDeque;
 
     use futures_util::FutureExt as _;
     use futures_util::stream::{FuturesUnordered, StreamExt as _};
 
     use super::*;
-
-    /// A part of a budget that has just so much.
-    pub(in super::super) fn reserved(amount: u64) -> Reserved {
-        let freed = Arc::default();
-        Arc::new(Budget { limit: amount, taken: AtomicU64::new(0), freed }).reserve(amount).unwrap()
-    }
-
-    #[test]
-    fn a_budget_is_not_exceeded_and_comes_back() {
-        let one = reserved(10);
-        let budget = Arc::clone(&one.budget);
-        assert!(budget.reserve(1).is_none());
-        drop(one);
-        let some = budget.reserve(4).unwrap();
-        assert!(budget.reserve(u64::MAX).is_none());
-        assert!(budget.reserve(6).is_some());
-        drop(some);
-        assert_eq!(budget.taken.load(Ordering::Acquire), 0);
-    }
 
     fn nar(number: u8) -> NarHash {
         NarHash::from_digest([number; 32])
