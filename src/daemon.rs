@@ -16,7 +16,7 @@ use crate::cache::Spools;
 use crate::config::{Config, ConfigError};
 use crate::http::{BindError, Listeners, Server};
 use crate::metrics::Metrics;
-use crate::peer::{Announce, Discovery, Holdings, Listening, Peers};
+use crate::peer::{Announce, Discovery, FEATURE_GAINED, Holdings, Listening, Peers};
 use crate::resolve::{Parts, Resolver};
 use crate::signing::{Signer, SigningError};
 use crate::store::{OpenError, Store};
@@ -202,7 +202,7 @@ fn peers(
         peernix_version: env!("CARGO_PKG_VERSION").to_owned(),
         nix_version: String::new(),
         platform: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
-        features: vec!["narhash".to_owned(), "gained".to_owned()],
+        features: vec!["narhash".to_owned(), FEATURE_GAINED.to_owned()],
         public_key: signer.public_key_line(),
         id: Some(id),
         ..Announce::default()

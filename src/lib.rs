@@ -7,7 +7,8 @@
 //! 1. **Never worse than without it.** On loopback every failure is a fast 404: no 5xx, no hang, no broken narinfo.
 //!    The daemon starts without Nix and without a store; what was configured wrongly ends it with one line.
 //! 2. **A served narinfo keeps its promise.** The path is leased (a temporary garbage-collector root) before it is
-//!    asked for validity, and stays leased for `store.lease` after the last request for it.
+//!    asked for validity, and stays leased for `store.lease` after the last request for it. While `nix-store` can't be
+//!    asked, what is remembered is looked at once more and served without.
 //! 3. **A body never ends early as if it were complete.** A NAR whose length is not NarSize is refused before its first
 //!    byte; a file that is missing, short or changed cuts the connection.
 //! 4. **Nothing unverified is passed on.** A peer's narinfo is a claim until a trusted key's signature or a content address

@@ -19,7 +19,7 @@ use shuttle::sync::{Mutex, MutexGuard};
 use thiserror::Error;
 
 use super::budget::{Budget, Reserved};
-use super::spool_state::{Keep, Piece, Progress, Reading, SpoolError, State, WINDOW, wake};
+use super::spool_state::{Keep, Piece, Progress, Reading, SpoolError, State, wake};
 
 /// Readers did not leave in time. The contents stay until they do.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
@@ -178,7 +178,7 @@ impl SpoolWriter {
                 state.give_up();
                 return Poll::Ready(Err(Deserted));
             }
-            if state.keep != Keep::Window || state.window_len() < WINDOW {
+            if state.keep != Keep::Window || state.has_room() {
                 return Poll::Ready(Ok(()));
             }
             state.writer = Some(context.waker().clone());

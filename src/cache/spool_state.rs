@@ -161,6 +161,12 @@ impl State {
         self.end - self.window_start
     }
 
+    /// Whether the window may take more: as much as it has memory for, and then one piece.
+    pub(super) fn has_room(&self) -> bool {
+        let limit = self.window_memory.as_ref().map_or(WINDOW, Reserved::amount);
+        self.window.is_empty() || self.window_len() < limit
+    }
+
     /// Drops from memory what nobody needs there.
     pub(super) fn trim(&mut self) {
         let slowest = self.readers.values().map(|reading| reading.offset).min().unwrap_or(self.end);
@@ -169,7 +175,7 @@ impl State {
             let is_needless = match self.keep {
                 Keep::All => false,
                 Keep::Window => first_end <= slowest.max(self.on_disk),
-                Keep::File => first_end <= self.on_disk && (self.window_len() > WINDOW || self.is_complete()),
+                Keep::File => first_end <= self.on_disk && (!self.has_room() || self.is_complete()),
             };
             if !is_needless {
                 break;

@@ -21,7 +21,7 @@ mod udp;
 mod wire;
 
 use std::collections::HashMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ pub use options::{ConfiguredPeer, Options};
 pub use record::{Asking, Peer, PeerId, Source};
 pub use registry::{Answered, Registry, Sighting};
 pub use tls::http_client;
-pub use wire::{Announce, Message};
+pub use wire::{Announce, FEATURE_GAINED, Message};
 
 use self::flushes::Flushes;
 use crate::metrics::PeerMetrics;
@@ -223,7 +223,8 @@ impl Peers {
             tracing::info!(peer.url = self.url_of(id), "a peer answers again");
         }
         if answered.is_new {
-            self.tell(News::Came);
+            let address = self.registry().get(id).and_then(|peer| peer.address);
+            self.flush(address.map_or(Ipv4Addr::UNSPECIFIED.into(), |address| address.ip()), News::Came);
         }
     }
 
@@ -250,13 +251,12 @@ impl Peers {
             Blame::Us => "not_made",
         };
         self.0.metrics.request(outcome, after.as_secs_f64());
-        if matches!(error, FetchError::Replaced) {
+        if matches!(error, FetchError::Replaced) && failure == Failure::NoAnswer {
             self.replaced(id);
         } else if error.blame() != Blame::Us {
             let now = Instant::now();
-            let began = now.checked_sub(after).unwrap_or(now);
             // The place that failed: it may be another from now on.
-            let url = self.url_of(id);
+            let (began, url) = (now.checked_sub(after).unwrap_or(now), self.url_of(id));
             let pause = self.registry().failed(id, failure, began, now);
             tell_pause(&url, pause, error);
         }

@@ -11,7 +11,7 @@ pub(super) const MAX_DATAGRAM: usize = 4096;
 /// How many paths one datagram can name as gained.
 pub(super) const MAX_GAINED: usize = 100;
 /// The feature of a host that understands [`Message::Gained`].
-pub(super) const FEATURE_GAINED: &str = "gained";
+pub const FEATURE_GAINED: &str = "gained";
 /// The longest text in an announcement that is kept, in bytes.
 const MAX_TEXT: usize = 256;
 /// The most features that are kept.

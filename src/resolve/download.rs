@@ -9,7 +9,7 @@ use bytes::{Bytes, BytesMut};
 use sha2::{Digest as _, Sha256};
 use thiserror::Error;
 use tokio::task::spawn_blocking;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 use super::holders::{Holder, Holders};
 use crate::cache::{Deserted, Served, SpoolWriter};
@@ -22,6 +22,10 @@ use crate::peer::{Arriving, FetchError, PeerId};
 const TRIES: usize = 4;
 /// A peer that sends fewer bytes a second than this is as good as one that stalls.
 pub(super) const LOWEST_RATE: u64 = 256 * 1024;
+/// How long after a search in vain the next one begins.
+const ASKED_AGAIN: Duration = Duration::from_millis(200);
+/// What is not taken for a stall however many downloads share a link, in bytes a second.
+const LEAST_SHARE: u64 = 8 * 1024;
 /// Shorter pieces are copied and gathered until they are as long: each costs a step of the hash and of the spool, and
 /// may hold on to a far larger buffer.
 const COPIED: usize = 64 * 1024;
@@ -125,7 +129,7 @@ impl Download {
 
     /// Downloads, from `first` and from others if that fails.
     pub(super) async fn run(mut self, first: Holder) {
-        let mut tried = Vec::new();
+        let (mut tried, mut wrong) = (Vec::new(), Vec::new());
         let mut holder = Some(first);
         let mut last_error = None;
         while let Some(Holder { peer, served }) = holder {
@@ -138,6 +142,9 @@ impl Download {
                     if matches!(error, DownloadError::Hash) {
                         self.begin_anew();
                     }
+                    if !matches!(error, DownloadError::Fetch(_)) {
+                        wrong.push(peer.clone());
+                    }
                     last_error = Some(error);
                 }
             }
@@ -146,13 +153,30 @@ impl Download {
             if tried.len() >= TRIES {
                 break;
             }
-            holder = self.holders.find(&self.url, &tried).await;
+            holder = self.another(&tried, &wrong).await;
             if holder.is_some() {
                 self.metrics.failovers.inc();
             }
         }
         let why = last_error.map_or_else(|| "no peer has it".to_owned(), |error| error.to_string());
         self.writer.fail(why);
+    }
+
+    /// Who goes on. Before the first byte a client that is told soon asks elsewhere; midway it would have to begin anew, so that
+    /// it is worth waiting for one that was too slow to say so, or that comes back.
+    async fn another(&self, tried: &[PeerId], wrong: &[PeerId]) -> Option<Holder> {
+        let began = Instant::now();
+        let mut without = tried;
+        loop {
+            if let Some(holder) = self.holders.find(&self.url, without).await {
+                return Some(holder);
+            }
+            if self.given == 0 || began.elapsed() >= self.stall {
+                return None;
+            }
+            sleep(ASKED_AGAIN).await;
+            without = wrong;
+        }
     }
 
     /// Goes on with this peer where the one before has ended.
@@ -163,7 +187,7 @@ impl Download {
         let before = self.got;
         let known = self.holders.peers.get(peer).ok_or(DownloadError::NotThere)?;
         let _in_flight = self.holders.peers.began(peer);
-        let mut pace = Pace::new(self.stall);
+        let mut pace = Pace::new(self.stall, known.in_flight);
         self.waits_since = Instant::now();
         let arriving =
             self.holders.peers.client(&known)?.file(&served.nar_path, self.got, self.stall).await?;
@@ -307,6 +331,7 @@ impl Download {
 /// Whether a peer sends fast enough: nothing for a while is too slow, and so is next to nothing for as long.
 struct Pace {
     stall: Duration,
+    lowest_rate: u64,
     all_waits: Duration,
     /// Since it was found fast enough.
     waited: Duration,
@@ -314,8 +339,10 @@ struct Pace {
 }
 
 impl Pace {
-    fn new(stall: Duration) -> Self {
-        Self { stall, all_waits: Duration::ZERO, waited: Duration::ZERO, came: 0 }
+    /// `downloads` from this peer are under way, and share its link.
+    fn new(stall: Duration, downloads: u32) -> Self {
+        let lowest_rate = (LOWEST_RATE / u64::from(downloads.max(1))).max(LEAST_SHARE);
+        Self { stall, lowest_rate, all_waits: Duration::ZERO, waited: Duration::ZERO, came: 0 }
     }
 
     /// The next bytes. Only the time that is waited for the peer counts, whatever the readers take.
@@ -328,7 +355,7 @@ impl Pace {
         self.all_waits += waited;
         self.came += chunk.as_ref().map_or(0, |chunk| chunk.len() as u64);
         if self.waited >= self.stall {
-            if (self.came as f64) < LOWEST_RATE as f64 * self.waited.as_secs_f64() {
+            if (self.came as f64) < self.lowest_rate as f64 * self.waited.as_secs_f64() {
                 return Err(FetchError::Timeout(self.waited));
             }
             (self.waited, self.came) = (Duration::ZERO, 0);

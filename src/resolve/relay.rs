@@ -71,6 +71,10 @@ impl Relays {
         for hash in self.ahead.asked(asked) {
             let Some(holder) = self.holders.remembered(&NarUrl { hash, nar_hash: None }) else { continue };
             let Served { nar_hash, nar_size, .. } = holder.served;
+            // Another peer may have said another size since.
+            if nar_size > self.verify_first {
+                continue;
+            }
             if let Some(writer) = self.spools.prepare(&nar_hash, nar_size) {
                 self.metrics.prepared.inc();
                 let url = NarUrl { hash, nar_hash: Some(nar_hash) };

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 
 use super::child::{Child, ChildError};
 use super::leases::{Generation, Lease, LeaseMark, Leases, Question, StoreState};
@@ -28,6 +28,8 @@ const FIRST_BACK_OFF: Duration = Duration::from_millis(100);
 const LONGEST_BACK_OFF: Duration = Duration::from_secs(30);
 /// Processes that only hold their leases; one more, and the oldest ends before its time.
 const MAX_RETIRED: usize = 16;
+/// How long a process that only holds its leases may take to show that it lives.
+const CHECK_TIME: Duration = Duration::from_millis(200);
 
 /// Starts the task, and gives the way to ask it. It ends, and its processes with it, when the last handle is dropped.
 pub(super) fn open(options: Options, store_dir: StoreDir, metrics: StoreMetrics) -> (Leases, JoinHandle<()>) {
@@ -70,6 +72,8 @@ struct Office {
     started: u64,
     back_off: Duration,
     not_before: Instant,
+    /// A process died: whatever ended it may have ended the leases of others.
+    has_lost_one: bool,
 }
 
 enum Event {
@@ -100,6 +104,7 @@ impl Office {
             started: 0,
             back_off: Duration::ZERO,
             not_before: Instant::now(),
+            has_lost_one: false,
         }
     }
 
@@ -199,9 +204,23 @@ impl Office {
     /// Asks nothing in particular: a process that goes through nix-daemon lives on when that dies, and its leases do not.
     async fn check(&mut self) {
         if self.current.as_ref().is_some_and(|current| current.leases > 0) {
-            // A failure is noted where it happens.
-            let _ = self.query(&[]).await;
+            let _noted_where_it_happens = self.query(&[]).await;
         }
+        if std::mem::take(&mut self.has_lost_one) {
+            for mut retired in std::mem::take(&mut self.retired) {
+                // One that hangs holds its leases. It is asked nothing else: its answer may be missed.
+                match timeout(CHECK_TIME, retired.child.query(&[])).await {
+                    Ok(Err(ChildError::Ended(_))) => self.died_in_retirement(retired),
+                    _ => self.retired.push_back(retired),
+                }
+            }
+        }
+    }
+
+    fn died_in_retirement(&self, retired: Retired) {
+        tracing::warn!(leases = retired.leases, "a nix-store that held leases died");
+        self.metrics.lease_failures.inc_by(retired.leases as u64);
+        self.release(retired);
     }
 
     /// Asks; a process that died since the last question is replaced once.
@@ -295,6 +314,7 @@ impl Office {
 
     /// The current process died, and its leases with it.
     fn lost(&mut self, error: Arc<ChildError>) {
+        self.has_lost_one = true;
         self.current_id.store(0, Ordering::Release);
         if let Some(current) = self.current.take() {
             self.metrics.leases.dec_by(current.leases as i64);
@@ -323,8 +343,7 @@ impl Office {
 
     /// Retires what was in office long enough, ends what was retired long enough, replaces what is missing.
     async fn rotate(&mut self) {
-        let now = Instant::now();
-        let lease = self.options.lease;
+        let (now, lease) = (Instant::now(), self.options.lease);
         let due = |current: &Current| current.leases > 0 && now - current.since >= lease / 2;
         if self.current.as_ref().is_some_and(due) {
             self.start_successor();
@@ -332,9 +351,7 @@ impl Office {
         for mut retired in std::mem::take(&mut self.retired) {
             let in_flight = Arc::strong_count(&retired.generation) > 1;
             if retired.child.is_gone() {
-                tracing::warn!(leases = retired.leases, "a nix-store that held leases died");
-                self.metrics.lease_failures.inc_by(retired.leases as u64);
-                self.release(retired);
+                self.died_in_retirement(retired);
             } else if in_flight || now.saturating_duration_since(retired.since) < lease {
                 self.retired.push_back(retired);
             } else {

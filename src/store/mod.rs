@@ -163,9 +163,14 @@ impl Store {
         (self.0.leases.is_current(&known.lease) && known.is_unchanged()).then_some(known)
     }
 
-    /// The valid path with this hash part, leased. `None`: not in this store. May be dropped midway.
+    /// The valid path with this hash part, leased unless `nix-store` can't be asked now. `None`: not in this store. May be dropped midway.
     pub async fn path(&self, hash: &StorePathHash) -> Result<Option<Arc<KnownPath>>, StoreError> {
         if let Some(known) = self.remembered(hash) {
+            return Ok(Some(known));
+        }
+        // While it is away, or hangs, nobody waits for what is at hand. It is started again all the same.
+        let is_away = matches!(*self.0.leases.state().borrow(), StoreState::Unavailable(_));
+        if let Some(known) = is_away.then(|| self.without_lease(hash)).flatten() {
             return Ok(Some(known));
         }
         let found = self.ask(hash).await;
@@ -243,7 +248,7 @@ impl Store {
         listing.await.map_err(|_| StoreError::Closed)
     }
 
-    /// The bytes of a path's NAR in `range`, which has to lie within NarSize. The path is leased while they stream.
+    /// The bytes of a path's NAR in `range`, which has to lie within NarSize. The path stays leased while they stream.
     pub async fn nar(&self, known: &KnownPath, range: Range<u64>) -> Result<NarStream, StoreError> {
         // Before the tree is looked at: a lease that ends meanwhile would let it be deleted underneath.
         let lease = known.lease();

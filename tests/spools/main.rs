@@ -61,6 +61,9 @@ async fn joined(spools: &Spools, number: u8, size: usize) -> SpoolReader {
     }
 }
 
+/// Memory for whole windows.
+const PLENTY: u64 = 64 << 20;
+
 /// Reads as long as something is there; gives how much that was, and whether some of it came from the file.
 async fn follow(reader: &mut SpoolReader, from: usize) -> (usize, bool) {
     let (mut at, mut is_from_file) = (from, false);
@@ -96,7 +99,7 @@ async fn spooled(spools: &Spools, number: u8, size: usize) {
 #[tokio::test]
 async fn closing_names_the_deadline_and_who_still_reads_reads_on() {
     let (folder, size) = (folder(), 8 << 20);
-    let spools = Spools::new(Some(folder.path().to_owned()), 0, size as u64);
+    let spools = Spools::new(Some(folder.path().to_owned()), PLENTY, size as u64);
     let (writer, mut slow) = begun(&spools, 1, size, false).await;
     let another = joined(&spools, 1, size).await;
     assert_eq!(fill(&writer, 0, size), size);
@@ -122,7 +125,7 @@ async fn closing_names_the_deadline_and_who_still_reads_reads_on() {
 #[tokio::test]
 async fn closing_waits_for_who_reads_what_another_download_has_replaced() {
     let (folder, size) = (folder(), 2 * MEMORY);
-    let spools = Spools::new(Some(folder.path().to_owned()), 0, size as u64);
+    let spools = Spools::new(Some(folder.path().to_owned()), PLENTY, size as u64);
     let (writer, mut ahead) = begun(&spools, 1, size, false).await;
     fill(&writer, 0, CHUNK);
     assert_eq!(follow(&mut ahead, 0).await.0, CHUNK);
@@ -158,7 +161,7 @@ async fn without_a_file_the_writer_waits_for_the_slowest_and_with_one_it_does_no
     assert_eq!(fill(&writer, held, size), held);
 
     let folder = folder();
-    let spools = Spools::new(Some(folder.path().to_owned()), 0, size as u64);
+    let spools = Spools::new(Some(folder.path().to_owned()), PLENTY, size as u64);
     let (writer, mut slow) = begun(&spools, 1, size, false).await;
     let mut fast = joined(&spools, 1, size).await;
     assert_eq!(fill(&writer, 0, size / 2), size / 2);
@@ -171,8 +174,7 @@ async fn without_a_file_the_writer_waits_for_the_slowest_and_with_one_it_does_no
 #[tokio::test]
 async fn the_least_recently_used_file_goes_when_the_disk_is_needed_and_no_other() {
     let (folder, size) = (folder(), 3 * CHUNK);
-    // Memory for the first, and for the window of one at a time.
-    let spools = Spools::new(Some(folder.path().to_owned()), 2 * size as u64, 2 * size as u64);
+    let spools = Spools::new(Some(folder.path().to_owned()), PLENTY, 2 * size as u64);
     let there =
         |numbers: &[u8]| numbers.iter().map(|n| spools.len_of(&nar(*n)).is_some()).collect::<Vec<_>>();
     // It is the oldest, and takes no disk.
@@ -201,7 +203,7 @@ async fn the_least_recently_used_file_goes_when_the_disk_is_needed_and_no_other(
 #[tokio::test]
 async fn the_least_recently_used_goes_when_memory_is_needed_and_no_file_does() {
     let (folder, size) = (folder(), 3 * CHUNK);
-    let spools = Spools::new(Some(folder.path().to_owned()), 2 * size as u64, size as u64);
+    let spools = Spools::new(Some(folder.path().to_owned()), 4 * size as u64, size as u64);
     let kept = async |number| {
         let (writer, mut reader) = begun(&spools, number, size, true).await;
         fill(&writer, 0, size);
@@ -209,20 +211,20 @@ async fn the_least_recently_used_goes_when_memory_is_needed_and_no_file_does() {
         assert_eq!(follow(&mut reader, 0).await, (size, false));
     };
     spooled(&spools, 9, size).await;
-    kept(1).await;
-    kept(2).await;
+    for number in 1..=4 {
+        kept(number).await;
+    }
     drop(joined(&spools, 1, size).await);
-    kept(3).await;
+    kept(5).await;
     let there = [9, 1, 2, 3].map(|number| spools.len_of(&nar(number)).is_some());
     assert_eq!(there, [true, true, false, true]);
-    assert_eq!(spools.taken(), (2 * size as u64, size as u64));
-    // What comes ahead of its first reader is not given up for what does so too.
-    drop((joined(&spools, 1, size).await, joined(&spools, 3, size).await));
-    let prepared = [4, 5].map(|number| spools.prepare(&nar(number), size as u64).unwrap());
+    assert_eq!(spools.taken(), (4 * size as u64, size as u64));
+    // What comes ahead of its first reader is not given up for what does so too, and takes half of all at most.
+    let prepared = [6, 7].map(|number| spools.prepare(&nar(number), size as u64).unwrap());
     for writer in prepared {
         fill(&writer, 0, size);
         writer.finish();
     }
-    assert!(spools.prepare(&nar(6), size as u64).is_none());
-    assert_eq!([4, 5].map(|number| spools.len_of(&nar(number))), [Some(size as u64); 2]);
+    assert!(spools.prepare(&nar(8), size as u64).is_none());
+    assert_eq!([6, 7].map(|number| spools.len_of(&nar(number))), [Some(size as u64); 2]);
 }
