@@ -6,6 +6,7 @@
 
 mod build_log;
 mod child;
+mod gains;
 mod known;
 mod lease_office;
 mod leases;
@@ -154,6 +155,23 @@ impl Store {
     #[must_use]
     pub fn state(&self) -> watch::Receiver<StoreState> {
         self.0.leases.state()
+    }
+
+    /// The hash parts of all that may be here, and the number of the last gain among them. `None`: it can't be told.
+    pub async fn all(&self) -> Option<(Vec<StorePathHash>, u64)> {
+        self.0.names.all().await
+    }
+
+    /// What came after the gain with this number, and the number of the last one. `None`: that is too long ago.
+    #[must_use]
+    pub fn gained_since(&self, number: u64) -> Option<(Vec<StorePathHash>, u64)> {
+        self.0.names.gained_since(number)
+    }
+
+    /// The number of the last gain.
+    #[must_use]
+    pub fn latest_gain(&self) -> watch::Receiver<u64> {
+        self.0.names.latest()
     }
 
     /// What is remembered of a path, at the cost of one `lstat`. `None`: ask [`Store::path`].

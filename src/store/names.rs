@@ -13,15 +13,19 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
+use super::gains::Gains;
 use crate::metrics::StoreMetrics;
 use crate::nix::{StorePath, StorePathHash};
 
 /// Without a watch, a scan is not older than this before it is made again.
 const SCAN_PAUSE: Duration = Duration::from_secs(1);
-/// How often events are taken in when nobody asks: the kernel keeps 16,384 of them.
-const FOLLOW_PERIOD: Duration = Duration::from_secs(1);
+/// How often events are taken in when nobody asks: the kernel keeps 16,384 of them, and other hosts hear of a gain no
+/// sooner.
+const FOLLOW_PERIOD: Duration = Duration::from_millis(250);
+/// After how many of these the directory's own time is looked at.
+const LOOK_AFTER: u64 = 240;
 
 /// The names in the store directory.
 #[derive(Debug)]
@@ -33,6 +37,10 @@ pub(super) struct Names {
     watch: Mutex<Watch>,
     /// Told of paths that have come; a queue that is full loses some, and nobody waits.
     gained: mpsc::Sender<StorePathHash>,
+    /// The same numbered, and none is lost. Changed only while the names are locked for it, so that both agree.
+    gains: Mutex<Gains>,
+    /// The number of the last one.
+    latest: watch::Sender<u64>,
     /// One scan at a time.
     scanning: tokio::sync::Mutex<()>,
 }
@@ -62,7 +70,8 @@ impl Names {
     ) -> Self {
         let watch = Mutex::new(Watch { stale: true, ..Watch::default() });
         let (names, scanning) = (RwLock::default(), tokio::sync::Mutex::default());
-        Self { directory, metrics, names, watch, gained, scanning }
+        let (gains, latest) = (Mutex::default(), watch::Sender::default());
+        Self { directory, metrics, names, watch, gained, gains, latest, scanning }
     }
 
     /// The store path with this hash part, if the directory has such a name.
@@ -74,14 +83,36 @@ impl Names {
         self.get(hash)
     }
 
-    /// Takes in events once a second, so that few are lost while nobody asks. Ends when dropped.
+    /// The hash parts of all names, and the number of the last gain among them. `None`: the directory was never read.
+    pub(super) async fn all(self: &Arc<Self>) -> Option<(Vec<StorePathHash>, u64)> {
+        if self.take_in_events() {
+            self.scan().await;
+        }
+        self.watch().scanned?;
+        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let number = self.gains().number();
+        Some((names.keys().copied().collect(), number))
+    }
+
+    /// What came after the gain with this number, and the number of the last one. `None`: nobody knows any more.
+    pub(super) fn gained_since(&self, number: u64) -> Option<(Vec<StorePathHash>, u64)> {
+        let gains = self.gains();
+        Some((gains.since(number)?, gains.number()))
+    }
+
+    /// The number of the last gain.
+    pub(super) fn latest(&self) -> watch::Receiver<u64> {
+        self.latest.subscribe()
+    }
+
+    /// Takes in events often, so that few are lost while nobody asks. Ends when dropped.
     pub(super) async fn follow(self: Arc<Self>) {
         let mut ticks = tokio::time::interval(FOLLOW_PERIOD);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         for tick in 0u64.. {
             ticks.tick().await;
             // Once a minute the directory's own time too: some file systems change without events.
-            if self.take_in_events() || (tick % 60 == 59 && self.changed_unseen()) {
+            if self.take_in_events() || (tick % LOOK_AFTER == LOOK_AFTER - 1 && self.changed_unseen()) {
                 self.scan().await;
             }
         }
@@ -92,6 +123,10 @@ impl Names {
         // The shortest is the path; the longer ones are its lock and its like.
         let name = names.get(hash)?.iter().min_by_key(|name| name.len())?;
         StorePath::from_basename(format!("{hash}-{name}").as_bytes()).ok()
+    }
+
+    fn gains(&self) -> MutexGuard<'_, Gains> {
+        self.gains.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn watch(&self) -> MutexGuard<'_, Watch> {
@@ -144,6 +179,7 @@ impl Names {
             }
         }
         self.metrics.names.set(names.len() as i64);
+        self.latest.send_replace(self.gains().number());
     }
 
     /// A path is there when its name comes, and valid when its lock goes.
@@ -153,6 +189,7 @@ impl Names {
             Change::Disappeared(path) => (path, path.name().ends_with(".lock")),
         };
         if told {
+            self.gains().add(StorePathHash::of(path));
             let _ = self.gained.try_send(StorePathHash::of(path));
         }
     }
@@ -192,7 +229,20 @@ impl Names {
         let mut watch = self.watch();
         self.metrics.scans.inc();
         self.metrics.names.set(fresh.len() as i64);
-        *self.names.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        // What came and no event told of; a hash part that was there as a lock may be a path by now.
+        let came = fresh.iter().filter(|(hash, now)| {
+            names.get(hash).is_none_or(|before| now.iter().any(|name| !before.contains(name)))
+        });
+        for (hash, _) in came {
+            self.gains().add(*hash);
+            if watch.scanned.is_some() {
+                let _ = self.gained.try_send(*hash);
+            }
+        }
+        *names = fresh;
+        drop(names);
+        self.latest.send_replace(self.gains().number());
         *watch = Watch { inotify, stale: false, scanned: Some((Instant::now(), modified)), failed: None };
     }
 
@@ -302,6 +352,42 @@ fn watch_directory(directory: &Path) -> rustix::io::Result<OwnedFd> {
 mod tests {
     use super::*;
     use crate::metrics::Metrics;
+
+    #[tokio::test]
+    async fn every_path_is_in_the_whole_or_among_the_gains_after_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = folder.path();
+        let (sender, mut told) = mpsc::channel(10_000);
+        let names = Arc::new(Names::new(store.to_owned(), Metrics::new().store, sender));
+        let hash = |number: u32| StorePathHash::parse(format!("{number:0>32}").as_bytes()).unwrap();
+        let writer = {
+            let store = store.to_owned();
+            std::thread::spawn(move || {
+                for number in 0..3000 {
+                    std::fs::write(store.join(format!("{number:0>32}-x.lock")), "").unwrap();
+                    std::fs::write(store.join(format!("{number:0>32}-x")), "").unwrap();
+                }
+            })
+        };
+        let mut snapshots = Vec::new();
+        while !writer.is_finished() {
+            snapshots.push(names.all().await.unwrap());
+            // As after lost events: a scan, in which a lock may have become a path.
+            names.watch().stale = true;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        writer.join().unwrap();
+        let (last, number) = names.all().await.unwrap();
+        assert_eq!(last.len(), 3000);
+        assert_eq!(*names.latest().borrow(), number);
+        for (mut all, number) in snapshots {
+            all.extend(names.gained_since(number).unwrap().0);
+            let all: std::collections::HashSet<_> = all.into_iter().collect();
+            assert!((0..3000).all(|number| all.contains(&hash(number))));
+        }
+        told.close();
+        assert!(told.recv().await.is_some());
+    }
 
     #[tokio::test]
     async fn a_scan_that_fails_leaves_what_was_known_and_is_made_again() {
