@@ -39,6 +39,8 @@ pub struct Config {
     pub peer: Vec<peer::ConfiguredPeer>,
     /// `[resolve]`
     pub resolve: resolve::Options,
+    /// `[share]`
+    pub share: resolve::ShareOptions,
     /// `[cache]`
     pub cache: cache::Options,
     /// `[state]`
@@ -332,6 +334,7 @@ mod tests {
             "discovery",
             "peer",
             "resolve",
+            "share",
             "cache",
         ];
         let sections = sections.map(str::to_owned);

@@ -16,8 +16,8 @@ use crate::cache::Spools;
 use crate::config::{Config, ConfigError};
 use crate::http::{BindError, Listeners, Server};
 use crate::metrics::Metrics;
-use crate::peer::{Announce, Discovery, FEATURE_GAINED, Holdings, Listening, Peers};
-use crate::resolve::{Parts, Resolver};
+use crate::peer::{Announce, Discovery, FEATURE_GAINED, FEATURE_HOLDINGS, Holdings, Listening, Peers};
+use crate::resolve::{Parts, Resolver, Share};
 use crate::signing::{Signer, SigningError};
 use crate::store::{OpenError, Store};
 use crate::trust::Trust;
@@ -65,6 +65,7 @@ pub struct Daemon {
     stop: watch::Sender<bool>,
     server: JoinHandle<()>,
     store: JoinHandle<()>,
+    share: Share,
     spools: Spools,
     followers: JoinSet<()>,
 }
@@ -98,11 +99,13 @@ impl Daemon {
         let peers = peers(config, &signer, &addresses, &metrics)?;
         let limits = &config.limits;
         let spools = Spools::new(state.clone(), limits.relay_memory.as_u64(), limits.spool.as_u64());
+        let share = Share::new(&config.share, store.clone(), peers.own_id());
         let parts = Parts {
             store: store.clone(),
             signer: Arc::clone(&signer),
             peers: peers.clone(),
             trust: trust.clone(),
+            share: share.clone(),
             spools: spools.clone(),
             metrics: metrics.lookups.clone(),
             relay_metrics: metrics.relay.clone(),
@@ -132,6 +135,7 @@ impl Daemon {
             stop,
             server,
             store: store_task,
+            share,
             spools,
             followers,
         })
@@ -170,6 +174,9 @@ impl Daemon {
     /// processes.
     pub async fn shutdown(mut self) {
         self.stop.send_replace(true);
+        self.share.close();
+        // It holds the store, whose end is waited for below.
+        drop(self.share);
         self.discovery.stop().await;
         self.followers.shutdown().await;
         // A panic in a task was printed when it happened; there is nothing to save here.
@@ -198,11 +205,15 @@ fn peers(
     metrics: &Metrics,
 ) -> Result<Peers, StartError> {
     let id = Peers::fresh_id().map_err(|error| SigningError::Random(error.to_string()))?;
+    let mut features = vec!["narhash".to_owned(), FEATURE_GAINED.to_owned()];
+    if config.share.holdings {
+        features.push(FEATURE_HOLDINGS.to_owned());
+    }
     let own = Announce {
         peernix_version: env!("CARGO_PKG_VERSION").to_owned(),
         nix_version: String::new(),
         platform: format!("{}-{}", std::env::consts::ARCH, std::env::consts::OS),
-        features: vec!["narhash".to_owned(), FEATURE_GAINED.to_owned()],
+        features,
         public_key: signer.public_key_line(),
         id: Some(id),
         ..Announce::default()

@@ -59,6 +59,13 @@
 //! (`resolve::holders`) at the same offset where one fails, and is followed by all readers through a spool ([`cache::Spools`]). A miss is remembered only if every peer that was asked said so, and is worth nothing
 //! after a peer came or gained the path ([`cache::Misses`]).
 //!
+//! ## Who is not asked
+//! `store::names` counts the paths that come; `resolve::share` tells what is held as a filter, and what came after a number
+//! as a list (`peer::path_set`), at `api/v1/holdings`. `peer::follow` keeps one such question open at each peer that tells, and
+//! `peer::sets` leaves out of a lookup whoever says that it does not have the path. A set is believed only while its peer
+//! answers for it; who tells nothing, or not any more, is asked. What is gone from a store stays in its set until the next
+//! whole, and costs a question in vain.
+//!
 //! ## Where we differ from what was planned
 //! - The store counts into [`metrics`] itself, which lies beside the formats at the bottom, instead of handing numbers up.
 //! - The watch on the store directory is read on every miss, under a lock, instead of by a task of its own: an event is in
@@ -72,6 +79,8 @@
 //!   NarSize, which a signature vouches for.
 //! - One reader alone of a large NAR needs no file: what it has read is let go. A second one gives the download a file
 //!   (`limits.spool`), or, too late for its beginning, begins another that has one. So no disk is written for the usual case.
+//! - What a host holds is not packed: the filter is made of hashes, which nothing packs, and a difference is a few of them. It is
+//!   not announced by a version either: a question that waits hears of every gain, however many datagrams are lost.
 //! - Files of spools have no names: a crash leaves none behind.
 //! - Small NARs are downloaded ahead of Nix, which asks for one after the other (`resolve::ahead`): a guess, within
 //!   `limits.relay_memory`.

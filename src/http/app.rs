@@ -9,8 +9,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use axum::body::Body;
-use axum::extract::State;
+use axum::extract::{RawQuery, State};
 use axum::routing::get;
+use bytes::Bytes;
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use hyper::body::Incoming;
 use hyper::header::{ACCEPT, HOST, HeaderMap, HeaderValue};
@@ -20,14 +21,14 @@ use tracing::Instrument as _;
 
 use super::Options;
 use super::activity::Activity;
-use super::answer::{Refused, found};
+use super::answer::{Refused, found, text_answer};
 use super::api;
 use super::cache::{CacheFiles, route};
 use super::counted_body::CountedBody;
 use super::gate::Admitted;
 use crate::metrics::{Metrics, Route};
 use crate::nix::cache_url::CacheUrl;
-use crate::resolve::{INSTANCE_HEADER, PEER_HEADER, ResolveError, Resolver, StoreState};
+use crate::resolve::{Holdings, INSTANCE_HEADER, PEER_HEADER, ResolveError, Resolver, StoreState};
 
 /// Lines a second that failed requests may write to the log.
 const COMPLAINTS: NonZeroU32 = NonZeroU32::MIN;
@@ -64,6 +65,8 @@ impl App {
             .route("/public-key", get(public_key))
             .route("/api/v1/peers", get(api_peers))
             .route("/api/v1/status", get(api_status))
+            .route("/api/v1/holdings", get(holdings))
+            .route("/nix-cache/api/v1/holdings", get(holdings))
             .with_state(Pages { resolver, metrics: metrics.clone(), since: Instant::now() });
         let complaints = Arc::new(RateLimiter::direct(Quota::per_second(COMPLAINTS)));
         Self { files, pages, metrics, instance, requests: Arc::default(), complaints }
@@ -146,8 +149,10 @@ impl App {
     }
 
     async fn page(&self, request: Request<Incoming>) -> (Route, Response<Body>) {
+        let is_of_holdings = request.uri().path().ends_with("/api/v1/holdings");
         let Ok(answer) = self.pages.clone().oneshot(request).await;
         match answer.status() {
+            _ if is_of_holdings => (Route::Holdings, answer),
             StatusCode::NOT_FOUND => (Route::Unknown, Refused::Malformed.into_answer()),
             _ => (Route::Admin, answer),
         }
@@ -200,6 +205,18 @@ async fn public_key(State(pages): State<Pages>) -> Response<Body> {
 
 async fn api_peers(State(pages): State<Pages>) -> Response<Body> {
     found("application/json", api::peers(&pages.resolver).into())
+}
+
+/// For peers: waits for something to tell if they know all that there is.
+async fn holdings(State(pages): State<Pages>, RawQuery(query): RawQuery) -> Response<Body> {
+    let known = query.as_deref().and_then(|query| query.strip_prefix("since="));
+    match pages.resolver.holdings(known).await {
+        Some(Holdings::Told(bytes)) => found("application/octet-stream", bytes),
+        Some(Holdings::AsKnown) => {
+            text_answer(StatusCode::NOT_MODIFIED, "application/octet-stream", Bytes::new())
+        }
+        None => Refused::Busy.into_answer(),
+    }
 }
 
 async fn api_status(State(pages): State<Pages>) -> Response<Body> {

@@ -21,6 +21,8 @@ pub enum Route {
     Listing,
     /// `log/…`
     Log,
+    /// `api/v1/holdings`, which may wait for something to tell.
+    Holdings,
     /// `/health`, `/metrics`, `/public-key`
     Admin,
     /// Nothing that exists.
@@ -28,8 +30,16 @@ pub enum Route {
 }
 
 /// Every route.
-pub const ROUTES: [Route; 7] =
-    [Route::CacheInfo, Route::Narinfo, Route::Nar, Route::Listing, Route::Log, Route::Admin, Route::Unknown];
+pub const ROUTES: [Route; 8] = [
+    Route::CacheInfo,
+    Route::Narinfo,
+    Route::Nar,
+    Route::Listing,
+    Route::Log,
+    Route::Holdings,
+    Route::Admin,
+    Route::Unknown,
+];
 
 impl EncodeLabelValue for Route {
     fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> std::fmt::Result {
@@ -39,6 +49,7 @@ impl EncodeLabelValue for Route {
             Self::Nar => "nar",
             Self::Listing => "listing",
             Self::Log => "log",
+            Self::Holdings => "holdings",
             Self::Admin => "admin",
             Self::Unknown => "unknown",
         })

@@ -39,6 +39,12 @@ pub struct PeerMetrics {
     pub relayed_bytes: Counter,
     /// Claims of peers that proved wrong.
     pub lies: Counter,
+    /// Peers of which it is known now what they hold.
+    pub holdings_known: Gauge,
+    /// Bytes in which peers told what they hold.
+    pub holdings_bytes: Counter,
+    /// Questions that were not asked since the peer does not have the path.
+    pub not_asked: Counter,
     received: Family<OutcomeLabel, Counter>,
     requests: Family<OutcomeLabel, Counter>,
     seconds: Histogram,
@@ -51,6 +57,9 @@ impl Default for PeerMetrics {
             datagrams_sent: Counter::default(),
             relayed_bytes: Counter::default(),
             lies: Counter::default(),
+            holdings_known: Gauge::default(),
+            holdings_bytes: Counter::default(),
+            not_asked: Counter::default(),
             received: at_zero(&DATAGRAM_OUTCOMES),
             requests: at_zero(&REQUEST_OUTCOMES),
             seconds: super::http::request_seconds(),
@@ -116,6 +125,12 @@ pub(super) fn register(registry: &mut Registry, peers: &PeerMetrics, lookups: &L
     let help = "Bytes of NARs that came from peers and were verified";
     registry.register("relayed_bytes", help, peers.relayed_bytes.clone());
     registry.register("peer_lies", "Claims of peers that proved wrong", peers.lies.clone());
+    let help = "Peers of which it is known what they hold";
+    registry.register("holdings_known", help, peers.holdings_known.clone());
+    let help = "Bytes in which peers told what they hold";
+    registry.register("holdings_received_bytes", help, peers.holdings_bytes.clone());
+    let help = "Questions to peers that were not asked, since they do not hold the path";
+    registry.register("peer_requests_spared", help, peers.not_asked.clone());
     registry.register("lookups", "Lookups on the LAN, by outcome", lookups.outcomes.clone());
     registry.register("lookup_seconds", "Seconds of a lookup on the LAN", lookups.seconds.clone());
     let help = "Requests that joined a lookup that was under way";

@@ -53,6 +53,21 @@ impl StorePathHash {
     pub fn of(path: &StorePath) -> Self {
         Self(*path.digest())
     }
+
+    /// How many bytes it has.
+    pub const BYTES: usize = 20;
+
+    /// From its bytes.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; Self::BYTES]) -> Self {
+        Self(bytes)
+    }
+
+    /// Its bytes.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; Self::BYTES] {
+        &self.0
+    }
 }
 
 impl fmt::Display for StorePathHash {

@@ -3,6 +3,8 @@
 //! Knows what a binary cache answers, and nothing of whether it is true.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -11,6 +13,7 @@ use reqwest::{Response, StatusCode};
 use thiserror::Error;
 use tokio::time::timeout;
 
+use super::path_set::MAX_MESSAGE;
 use super::record::{Asking, Peer};
 use super::tls::http_client;
 use super::wire::{MAX_DATAGRAM, Message};
@@ -73,6 +76,15 @@ impl FetchError {
     }
 }
 
+/// What a peer answers to the question what it holds.
+#[derive(Debug)]
+pub(super) enum HoldingsAnswer {
+    /// Nothing came since.
+    AsKnown,
+    /// A message, not read yet.
+    Told(Bytes),
+}
+
 /// The way to one peer. Cheap to clone: all clones share the connections.
 #[derive(Clone, Debug)]
 pub struct PeerClient {
@@ -83,6 +95,8 @@ pub struct PeerClient {
     asking: Asking,
     /// Who is expected there, if it said.
     instance: Option<String>,
+    /// An answer said which run of peernix gave it.
+    is_peernix: Arc<AtomicBool>,
 }
 
 impl PeerClient {
@@ -117,7 +131,13 @@ impl PeerClient {
             base,
             asking: peer.asking,
             instance: peer.announce.id.clone(),
+            is_peernix: Arc::default(),
         })
+    }
+
+    /// Whether an answer was given by peernix, and not by another cache or a version that does not say so.
+    pub(super) fn is_peernix(&self) -> bool {
+        self.is_peernix.load(Ordering::Relaxed)
     }
 
     /// Whether it is still the way to this peer.
@@ -165,6 +185,24 @@ impl PeerClient {
         timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
     }
 
+    /// What it holds, or what it gained after the version that is `known`, which it may wait for.
+    pub(super) async fn holdings(
+        &self,
+        known: Option<&str>,
+        within: Duration,
+    ) -> Result<HoldingsAnswer, FetchError> {
+        let asked = async {
+            let since = known.map_or(String::new(), |known| format!("?since={known}"));
+            let answer = self.send(self.http.get(format!("{}/api/v1/holdings{since}", self.base))).await?;
+            match answer.status() {
+                StatusCode::NOT_MODIFIED => Ok(HoldingsAnswer::AsKnown),
+                StatusCode::OK => body(answer, MAX_MESSAGE).await.map(HoldingsAnswer::Told),
+                status => Err(FetchError::Status(status.as_u16())),
+            }
+        };
+        timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
+    }
+
     /// Whether it answers at all.
     pub async fn check(&self, within: Duration) -> Result<(), FetchError> {
         let asked = async {
@@ -183,7 +221,9 @@ impl PeerClient {
     /// Gives an answer only of whom was asked. Those that are no peernix, or an older one, do not say who they are.
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<Response, FetchError> {
         let answer = request.send().await.map_err(to_error)?;
-        match (&self.instance, answer.headers().get(INSTANCE_HEADER)) {
+        let told = answer.headers().get(INSTANCE_HEADER);
+        self.is_peernix.fetch_or(told.is_some(), Ordering::Relaxed);
+        match (&self.instance, told) {
             (Some(expected), Some(told)) if told != expected.as_str() => Err(FetchError::Replaced),
             _ => Ok(answer),
         }

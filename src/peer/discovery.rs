@@ -17,7 +17,7 @@ use super::mdns::{self, Mdns};
 use super::record::{Peer, Source};
 use super::udp::{self, Sockets};
 use super::wire::{FEATURE_GAINED, MAX_GAINED, Message};
-use super::{Holdings, News, Options, Peers, saved};
+use super::{Holdings, News, Options, Peers, follow, saved};
 use crate::nix::StorePathHash;
 
 /// Announcements at start and after a change of interfaces, in quick succession: a lost one is made up for at once.
@@ -101,6 +101,7 @@ impl Discovery {
                 }
             });
         tasks.spawn(tell_put_off(peers.clone()));
+        tasks.spawn(follow::follow_all(peers.clone()));
         tasks.spawn(look_after(peers.clone(), options.interval, file.clone()));
         Self { peers, options, sockets, mdns, tasks, file }
     }

@@ -7,15 +7,19 @@ mod blame;
 mod client;
 mod discovery;
 mod flushes;
+mod follow;
 mod greetings;
 mod holdings;
 mod interfaces;
 mod listening;
 mod mdns;
+mod news;
 mod options;
+mod path_set;
 mod record;
 mod registry;
 mod saved;
+mod sets;
 mod tls;
 mod udp;
 mod wire;
@@ -32,29 +36,22 @@ use tokio::sync::{Notify, broadcast};
 pub use blame::{Failure, Standing};
 pub use client::{Arriving, Blame, FetchError, INSTANCE_HEADER, PEER_HEADER, PeerClient};
 pub use discovery::Discovery;
+pub use follow::WAIT as HOLDINGS_WAIT;
 pub use holdings::Holdings;
 pub use listening::Listening;
+pub use news::News;
 pub use options::{ConfiguredPeer, Options};
+pub use path_set::{MAX_GAINS, PathFilter, Told, known_number};
 pub use record::{Asking, Peer, PeerId, Source};
 pub use registry::{Answered, Registry, Sighting};
 pub use tls::http_client;
-pub use wire::{Announce, FEATURE_GAINED, Message};
+pub use wire::{Announce, FEATURE_GAINED, FEATURE_HOLDINGS, Message};
 
 use self::flushes::Flushes;
+use self::news::NEWS;
+use self::sets::Sets;
 use crate::metrics::PeerMetrics;
 use crate::nix::StorePathHash;
-
-/// News that wait for whoever follows them; who falls behind is told so, and believes nothing remembered.
-const NEWS: usize = 1024;
-
-/// What changes what is known of the LAN.
-#[derive(Clone, Debug)]
-pub enum News {
-    /// A peer that was not there may have anything.
-    Came,
-    /// A peer has these paths now; none named means that they were too many.
-    Gained(Vec<StorePathHash>),
-}
 
 /// The peers of this host. Cheap to clone: all clones are one.
 #[derive(Clone, Debug)]
@@ -64,6 +61,7 @@ pub struct Peers(Arc<Inner>);
 struct Inner {
     registry: Mutex<Registry>,
     clients: Mutex<HashMap<PeerId, PeerClient>>,
+    sets: Sets,
     allow: Box<[IpNet]>,
     own_id: String,
     own: Mutex<Announce>,
@@ -112,6 +110,7 @@ impl Peers {
         Self(Arc::new(Inner {
             registry: Mutex::new(registry),
             clients: Mutex::default(),
+            sets: Sets::new(metrics.clone()),
             allow: allow.into(),
             own_id,
             own: Mutex::new(own),
@@ -154,12 +153,6 @@ impl Peers {
         self.0.own.lock().unwrap_or_else(PoisonError::into_inner).nix_version = version.to_owned();
     }
 
-    /// Everything that changes from now on.
-    #[must_use]
-    pub fn news(&self) -> broadcast::Receiver<News> {
-        self.0.news.subscribe()
-    }
-
     /// All peers, as they are now.
     #[must_use]
     pub fn all(&self) -> Vec<Peer> {
@@ -172,11 +165,19 @@ impl Peers {
         self.registry().get(id).cloned()
     }
 
-    /// The peers that may be asked now, the best first, and whether somebody is left out who may come back.
+    /// The peers that may have the path and may be asked now, the best first, and whether somebody is left out who may come
+    /// back. Who says that it does not have it need not be asked.
     #[must_use]
-    pub fn candidates(&self) -> (Vec<Peer>, bool) {
+    pub fn candidates(&self, hash: &StorePathHash) -> (Vec<Peer>, bool) {
         let (registry, now) = (self.registry(), Instant::now());
-        (registry.candidates(now), registry.leaves_out_somebody(now))
+        let mut denying = 0;
+        let candidates = registry.candidates(now, |id| {
+            let denies = self.0.sets.denies(id, hash);
+            denying += u64::from(denies);
+            !denies
+        });
+        self.0.metrics.not_asked.inc_by(denying);
+        (candidates, registry.leaves_out_somebody(now))
     }
 
     /// The way to a peer.
@@ -333,35 +334,6 @@ impl Peers {
     /// Strangers can't make us forget what is missed.
     fn knows(&self, from: IpAddr) -> bool {
         self.registry().knows(from)
-    }
-
-    /// A peer at this address has these paths now; none named means that they were too many.
-    fn gained(&self, hashes: Vec<StorePathHash>, from: IpAddr) {
-        if hashes.is_empty() {
-            self.flush(from.to_canonical(), News::Gained(hashes));
-        } else {
-            self.tell(News::Gained(hashes));
-        }
-    }
-
-    /// News after which nothing remembered is believed. True: now; else soon, since this address had its turn.
-    fn flush(&self, from: IpAddr, news: News) -> bool {
-        let is_now = self.flushes().ask(from, Instant::now());
-        if is_now {
-            self.tell(news);
-        } else {
-            self.0.put_off.notify_one();
-        }
-        is_now
-    }
-
-    fn flushes(&self) -> MutexGuard<'_, Flushes> {
-        self.0.flushes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// That nobody listens is no failure.
-    fn tell(&self, news: News) {
-        let _ = self.0.news.send(news);
     }
 
     fn metrics(&self) -> &PeerMetrics {

@@ -227,10 +227,11 @@ impl Registry {
         self.peers.values().any(|peer| !peer.may_be_asked(now) && !peer.standing.never_answered())
     }
 
-    /// The peers that may be asked now, the best first.
+    /// The peers that may be asked now and are `wanted`, the best first.
     #[must_use]
-    pub fn candidates(&self, now: Instant) -> Vec<Peer> {
-        let mut fit: Vec<&Peer> = self.peers.values().filter(|peer| peer.may_be_asked(now)).collect();
+    pub fn candidates(&self, now: Instant, mut wanted: impl FnMut(&PeerId) -> bool) -> Vec<Peer> {
+        let may_be_asked = self.peers.values().filter(|peer| peer.may_be_asked(now));
+        let mut fit: Vec<&Peer> = may_be_asked.filter(|peer| wanted(&peer.id)).collect();
         let cost = |peer: &Peer| (!peer.is_proven(), peer.in_flight, peer.latency.unwrap_or_default());
         fit.sort_by_key(|peer| cost(peer));
         fit.into_iter().cloned().collect()
@@ -252,6 +253,16 @@ impl Registry {
     #[must_use]
     pub fn get(&self, id: &PeerId) -> Option<&Peer> {
         self.peers.get(id)
+    }
+
+    /// Those at this address.
+    pub(super) fn at(&self, address: IpAddr) -> impl Iterator<Item = &Peer> {
+        self.peers.values().filter(move |peer| peer.is_at(address))
+    }
+
+    /// All peers, in no order.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Peer> {
+        self.peers.values()
     }
 
     /// All peers, in the order of their ids.
@@ -410,11 +421,11 @@ mod tests {
             at += LONGEST_PAUSE;
             registry.failed(&id, Failure::NoAnswer, at, at);
         }
-        assert!(registry.candidates(at).is_empty());
+        assert!(registry.candidates(at, |_| true).is_empty());
         seen(&mut registry, Some("a"), 1, "10.0.7.1:9999", at);
         assert_eq!(registry.get(&id).unwrap().url, "http://10.0.7.1:1/nix-cache");
         assert_eq!(registry.get(&id).unwrap().standing.failures_in_a_row, 8);
-        assert_eq!(registry.candidates(at + PAUSE_WHEN_SEEN).len(), 1);
+        assert_eq!(registry.candidates(at + PAUSE_WHEN_SEEN, |_| true).len(), 1);
     }
 
     #[test]
@@ -466,10 +477,10 @@ mod tests {
                 id = round.to_string();
             }
             let port = 1 + round.div_ceil(2);
-            assert_eq!(registry.candidates(now).len(), 0);
+            assert_eq!(registry.candidates(now, |_| true).len(), 0);
             seen(&mut registry, Some(&id), port, "10.0.0.1:9999", now);
             assert_eq!(registry.len(), 1, "{:?}", registry.all());
-            while registry.candidates(now).is_empty() {
+            while registry.candidates(now, |_| true).is_empty() {
                 now += Duration::from_millis(100);
                 seen(&mut registry, Some(&id), port, "10.0.0.1:9999", now);
             }
@@ -543,9 +554,9 @@ mod tests {
             registry.succeeded(&PeerId::instance(id), Duration::from_millis(port.into()), now);
         }
         let (a, b) = (PeerId::instance("a"), PeerId::instance("b"));
-        assert_eq!(registry.candidates(now)[0].id, a);
+        assert_eq!(registry.candidates(now, |_| true)[0].id, a);
         registry.began(&a);
-        assert_eq!(registry.candidates(now)[0].id, b);
+        assert_eq!(registry.candidates(now, |_| true)[0].id, b);
         registry.ended(&a);
         // A newcomer before whoever is known to be good would cost every question something if it is silent.
         let (mut registry, second) = (Registry::new("me".to_owned(), TTL, 100), Duration::from_secs(1));
@@ -556,7 +567,7 @@ mod tests {
             seen(&mut registry, Some(&format!("new{number}")), 1, &from, now + second);
         }
         registry.began(&a);
-        assert_eq!(registry.candidates(now + second)[0].id, a);
+        assert_eq!(registry.candidates(now + second, |_| true)[0].id, a);
         registry.delivered(&a, 1_000_000, Duration::from_secs(1));
         assert_eq!(registry.get(&a).unwrap().bytes_per_second, Some(1e6));
     }

@@ -190,7 +190,7 @@ impl Lookup {
     async fn fly(&self, sought: &Sought, question: &Question) -> Outcome {
         let hash = sought.hash;
         let deadline = tokio::time::Instant::now() + self.0.parts.budget;
-        let (candidates, somebody_is_left_out) = self.0.parts.peers.candidates();
+        let (candidates, somebody_is_left_out) = self.0.parts.peers.candidates(&hash);
         let candidates = candidates.into_iter().filter(|peer| !sought.without.contains(&peer.id));
         // Many at once, and the next as they answer: however many are known, sockets are few.
         let (proven, newcomers): (Vec<Peer>, Vec<Peer>) = candidates.partition(Peer::is_proven);

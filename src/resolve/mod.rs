@@ -11,6 +11,7 @@ mod local;
 mod lookup;
 mod options;
 mod relay;
+mod share;
 
 use std::sync::Arc;
 
@@ -24,6 +25,7 @@ pub use crate::store::{NarReadError, NarStream, StoreState};
 pub use local::LocalNar;
 pub use options::Options;
 pub use relay::RelayedNar;
+pub use share::{Holdings, Share, ShareOptions};
 
 use self::ahead::Ahead;
 use self::holders::Holders;
@@ -86,6 +88,7 @@ pub struct Resolver {
     trust: Trust,
     lookup: Lookup,
     relays: Relays,
+    share: Share,
     metrics: LookupMetrics,
 }
 
@@ -100,6 +103,8 @@ pub struct Parts {
     pub peers: Peers,
     /// Whom it believes.
     pub trust: Trust,
+    /// What peers are told of the store.
+    pub share: Share,
     /// Where NARs of peers are put on their way.
     pub spools: Spools,
     /// What lookups count.
@@ -112,7 +117,7 @@ impl Resolver {
     /// Puts the parts together.
     #[must_use]
     pub fn new(parts: Parts, options: &Options, remembered: &cache::Options) -> Self {
-        let Parts { store, signer, peers, trust, spools, metrics, relay_metrics } = parts;
+        let Parts { store, signer, peers, trust, share, spools, metrics, relay_metrics } = parts;
         let (cache, misses) = (PeerCache::new(remembered), Misses::new(remembered));
         let lookup = Lookup::new(lookup::Parts {
             peers: peers.clone(),
@@ -131,7 +136,8 @@ impl Resolver {
             stall: options.stall,
             metrics: relay_metrics,
         };
-        Self { local: Local::new(store, signer), peers, cache, misses, trust, lookup, relays, metrics }
+        let local = Local::new(store, signer);
+        Self { local, peers, cache, misses, trust, lookup, relays, share, metrics }
     }
 
     /// The store that it answers from.
@@ -217,6 +223,11 @@ impl Resolver {
     /// The listing of a path of the local store, unless it has names that JSON can't say.
     pub async fn listing(&self, hash: &StorePathHash) -> Result<Option<Bytes>, ResolveError> {
         Ok(self.local.listing(hash).await?)
+    }
+
+    /// What is held here, or what came after the version that the asker knows, which is waited for. `None`: it is not told.
+    pub async fn holdings(&self, known: Option<&str>) -> Option<Holdings> {
+        self.share.tell(known).await
     }
 
     /// The build log of a derivation, from the local store.

@@ -8,6 +8,7 @@ mod collection;
 mod command_line;
 mod disk_full;
 mod downloads;
+mod holdings;
 mod lan;
 mod limits;
 mod nar;
