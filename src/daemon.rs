@@ -19,13 +19,15 @@ use crate::metrics::Metrics;
 use crate::peer::{Announce, Discovery, FEATURE_GAINED, FEATURE_HOLDINGS, Holdings, Listening, Peers};
 use crate::resolve::{Parts, Resolver, Share};
 use crate::signing::{Signer, SigningError};
-use crate::store::{OpenError, Store};
+use crate::store::{OpenError, Store, StoreState};
 use crate::trust::Trust;
 
 /// Gained paths that wait to be told to peers.
 const GAINS: usize = 4096;
 /// How long Nix may take to tell its version.
 const VERSION_TIME: Duration = Duration::from_secs(5);
+/// How long what is asked of Nix besides waits for the first `nix-store` to answer.
+const GREETING_TIME: Duration = Duration::from_millis(500);
 /// How long whoever reads a download may take to notice that its connection is gone.
 const LEAVE_TIME: Duration = Duration::from_secs(1);
 
@@ -112,10 +114,12 @@ impl Daemon {
         };
         let resolver = Resolver::new(parts, &config.resolve, &config.cache);
         let mut followers = JoinSet::new();
-        followers.spawn(tell_nix_version(peers.clone(), config.store.nix_store.clone()));
+        let nix_version = tell_nix_version(peers.clone(), config.store.nix_store.clone());
+        followers.spawn(after_greeting(store.state(), nix_version));
+        let nix_keys = trust.clone().follow_nix(signer.public_keys());
+        followers.spawn(after_greeting(store.state(), nix_keys));
         followers.spawn(resolver.clone().follow_news());
         followers.spawn(resolver.clone().sweep());
-        followers.spawn(trust.clone().follow_nix(signer.public_keys()));
         let server = Server::new(resolver, &config.http, &config.limits, metrics);
         for address in &addresses {
             tracing::info!(%address, "listening");
@@ -220,6 +224,15 @@ fn peers(
     };
     let (listening, metrics) = (Listening::new(addresses), metrics.peers.clone());
     Ok(Peers::new(&config.discovery, &config.peer, &config.http.allow, own, listening, metrics))
+}
+
+/// Does it when the first `nix-store` answers or can't be started: other programs of Nix that start at the same moment would
+/// take the processors from the one that the first request waits for.
+async fn after_greeting(mut state: watch::Receiver<StoreState>, then: impl Future<Output = ()>) {
+    let greeted = state.wait_for(|state| !matches!(state, StoreState::Starting));
+    // However slow it is: the keys that Nix trusts are waited for too.
+    let _ = tokio::time::timeout(GREETING_TIME, greeted).await.map(drop);
+    then.await;
 }
 
 /// Asks Nix for its version, which is told to peers; nothing hangs on it, and nothing waits for it.
