@@ -93,7 +93,9 @@ impl App {
             (route, Refused::TooMany(seconds).into_answer())
         } else if !readable {
             (route, Refused::Method.into_answer())
-        } else if let Some(answer) = url.as_ref().and_then(|url| self.files.at_once(url)) {
+        } else if let Some(answer) =
+            url.as_ref().and_then(|url| self.files.at_once(url, request.headers(), client))
+        {
             (route, answer)
         } else {
             let span =

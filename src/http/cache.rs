@@ -51,10 +51,18 @@ impl CacheFiles {
     }
 
     /// The answer, if it can be had without waiting: the way of nearly every request for a narinfo.
-    pub(super) fn at_once(&self, url: &CacheUrl) -> Option<Response<Body>> {
+    pub(super) fn at_once(
+        &self,
+        url: &CacheUrl,
+        headers: &HeaderMap,
+        client: &Admitted,
+    ) -> Option<Response<Body>> {
         match url {
             CacheUrl::CacheInfo => Some(found("text/x-nix-cache-info", self.cache_info.clone())),
-            CacheUrl::NarInfo(hash) => Some(found(NARINFO, self.resolver.narinfo_at_once(hash)?)),
+            CacheUrl::NarInfo(hash) => {
+                let known = self.resolver.narinfo_at_once(hash, client.scope(headers))?;
+                Some(known.map_or_else(|| Refused::NotFound.into_answer(), |text| found(NARINFO, text)))
+            }
             CacheUrl::Nar(_) | CacheUrl::Listing(_) | CacheUrl::Log(_) => None,
         }
     }

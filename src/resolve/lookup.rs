@@ -159,6 +159,21 @@ impl Lookup {
         }
     }
 
+    /// Whether nobody has it, as far as that is known without asking: every peer said so, or there is none.
+    pub(super) fn is_missing(&self, hash: &StorePathHash) -> bool {
+        let Parts { peers, misses, metrics, .. } = &self.0.parts;
+        if misses.contains(hash) {
+            metrics.outcome("remembered_miss", 0.0);
+            return true;
+        }
+        let (candidates, somebody_is_left_out) = peers.candidates(hash);
+        let nobody_to_ask = candidates.is_empty() && !somebody_is_left_out;
+        if nobody_to_ask {
+            metrics.outcome("missing", 0.0);
+        }
+        nobody_to_ask
+    }
+
     /// The peer that is remembered proved wrong.
     pub(super) fn forget(&self, hash: &StorePathHash, peer: &PeerId) {
         self.0.parts.cache.forget(hash, &Origin::Peer(peer.clone()));

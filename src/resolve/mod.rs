@@ -170,10 +170,15 @@ impl Resolver {
         self.misses.len()
     }
 
-    /// The text of a narinfo of the local store, if it can be had without waiting.
+    /// The text of a narinfo of the local store, or that nobody has it (`Some(None)`), if that is known without waiting.
     #[must_use]
-    pub fn narinfo_at_once(&self, hash: &StorePathHash) -> Option<Bytes> {
-        self.local.narinfo_at_once(hash)
+    pub fn narinfo_at_once(&self, hash: &StorePathHash, scope: Scope) -> Option<Option<Bytes>> {
+        if let Some(text) = self.local.narinfo_at_once(hash) {
+            return Some(Some(text));
+        }
+        let nobody_has_it =
+            self.store().lacks(hash) && (scope == Scope::LocalOnly || self.lookup.is_missing(hash));
+        nobody_has_it.then_some(None)
     }
 
     /// The text of a narinfo: the signatures that came with the path first, then ours.

@@ -106,6 +106,9 @@ impl KnownPaths {
     }
 
     pub(super) fn forget(&self, hash: &StorePathHash) {
-        self.0.invalidate(hash);
+        // Most were never known: looking costs less than removing.
+        if self.0.contains_key(hash) {
+            self.0.invalidate(hash);
+        }
     }
 }

@@ -181,7 +181,14 @@ impl Store {
         (self.0.leases.is_current(&known.lease) && known.is_unchanged()).then_some(known)
     }
 
-    /// The valid path with this hash part, leased unless `nix-store` can't be asked now. `None`: not in this store. May be dropped midway.
+    /// Whether there surely is no such path, without waiting. False: ask [`Store::path`].
+    #[must_use]
+    pub fn lacks(&self, hash: &StorePathHash) -> bool {
+        self.0.names.lacks(hash)
+    }
+
+    /// The valid path with this hash part, leased unless `nix-store` can't be asked now. `None`: not in this store. May be
+    /// dropped midway.
     pub async fn path(&self, hash: &StorePathHash) -> Result<Option<Arc<KnownPath>>, StoreError> {
         if let Some(known) = self.remembered(hash) {
             return Ok(Some(known));

@@ -83,6 +83,12 @@ impl Names {
         self.get(hash)
     }
 
+    /// Whether the directory has no such name. False also where only a scan could tell.
+    pub(super) fn lacks(&self, hash: &StorePathHash) -> bool {
+        let is_stale = self.take_in_events();
+        !is_stale && !self.names.read().unwrap_or_else(PoisonError::into_inner).contains_key(hash)
+    }
+
     /// The hash parts of all names, and the number of the last gain among them. `None`: the directory was never read.
     pub(super) async fn all(self: &Arc<Self>) -> Option<(Vec<StorePathHash>, u64)> {
         if self.take_in_events() {
