@@ -19,7 +19,7 @@ use crate::metrics::Metrics;
 use crate::peer::{Announce, Discovery, FEATURE_GAINED, FEATURE_HOLDINGS, Holdings, Listening, Peers};
 use crate::resolve::{Parts, Resolver, Share};
 use crate::signing::{Signer, SigningError};
-use crate::store::{OpenError, Store, StoreState};
+use crate::store::{NarCopies, OpenError, Store, StoreState};
 use crate::trust::Trust;
 
 /// Gained paths that wait to be told to peers.
@@ -86,7 +86,8 @@ impl Daemon {
         let addresses = listeners.addresses();
         let metrics = Metrics::new();
         let (gained, gains) = mpsc::channel(GAINS);
-        let (store, store_task) = Store::open(config.store.clone(), &metrics.store, gained)?;
+        let copies = NarCopies::new(config.state.directory().ok(), config.limits.nar_copies.as_u64());
+        let (store, store_task) = Store::open(config.store.clone(), copies, &metrics.store, gained)?;
         let state = config.state.directory().map(make_folder);
         let (signer, state) = match configured {
             // Without a folder the known peers are not saved, and that is all.

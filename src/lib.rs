@@ -46,7 +46,8 @@
 //! ## The way of a NAR request
 //! The URL has the hash part and NarHash, which is enough days later too. `store::tree` lays the tree out from metadata
 //! ([`nix::layout`]), so length and ranges are known before a file is read; `store::nar_reader` reads the files by that
-//! layout, `store::nar_stream` makes it a stream that holds the lease.
+//! layout, `store::nar_chunks` several chunks at once where files are small, and `store::nar_stream` makes it a stream that holds the
+//! lease. A NAR of many small files is read once, into a copy that all who ask follow (`store::nar_copies`).
 //!
 //! ## The way to a peer
 //! `peer::discovery` starts what finds peers: datagrams (`peer::udp`, in the words of `peer::wire`, which peernix in Go speaks

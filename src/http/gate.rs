@@ -27,8 +27,8 @@ const HEAVY: usize = 8;
 const HEAVY_WAIT: Duration = Duration::from_secs(5);
 /// Connections that are held open with those who get nothing but 403.
 const STRANGERS: usize = 32;
-/// Descriptors that are kept for listeners, logs, nix-store and the local Nix.
-const RESERVED_DESCRIPTORS: usize = 192;
+/// Descriptors that are kept for listeners, logs, nix-store, the local Nix, copies of NARs and reading ahead.
+const RESERVED_DESCRIPTORS: usize = 320;
 
 /// Decides who may come in. One for all listeners.
 #[derive(Debug)]

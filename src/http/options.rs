@@ -97,6 +97,9 @@ pub struct Limits {
     pub relay_memory: ByteSize,
     /// Disk for NARs of peers that several clients read at once, in the state folder. 0 is none; default 4 GiB.
     pub spool: ByteSize,
+    /// Disk for copies of NARs of many small files, in the state folder; the least used go first. 0 is none; default
+    /// 256 MiB.
+    pub nar_copies: ByteSize,
 }
 
 impl Default for Limits {
@@ -110,6 +113,7 @@ impl Default for Limits {
             requests_per_second: 5000,
             relay_memory: ByteSize::mib(64),
             spool: ByteSize::gib(4),
+            nar_copies: ByteSize::mib(256),
         }
     }
 }

@@ -74,6 +74,12 @@ impl NarLayout {
         self.len
     }
 
+    /// How many files, links and directories it has; the ends of directories count too.
+    #[must_use]
+    pub fn entries(&self) -> u64 {
+        self.nodes.len() as u64
+    }
+
     /// About how many bytes it holds in memory.
     #[must_use]
     pub fn weight(&self) -> usize {

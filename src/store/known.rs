@@ -41,11 +41,13 @@ pub struct KnownPath {
     pub(super) lease: LeaseMark,
     /// What the caller makes of the information (the signed narinfo): it lives and dies with it.
     derived: OnceLock<Bytes>,
+    /// Held by who lays its tree out.
+    pub(super) laying_out: tokio::sync::Mutex<()>,
 }
 
 impl KnownPath {
     pub(super) fn new(info: PathInfo, real: PathBuf, stamp: Stamp, lease: LeaseMark) -> Self {
-        Self { info, real, stamp, lease, derived: OnceLock::new() }
+        Self { info, real, stamp, lease, derived: OnceLock::new(), laying_out: tokio::sync::Mutex::default() }
     }
 
     /// What `make` makes of the information, made once.

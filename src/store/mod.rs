@@ -4,6 +4,7 @@
 //! itself. Knows nothing of HTTP, peers or our keys. The invariant: what [`Store::path`] returns was leased before it
 //! was found valid, and nothing remembered is believed without a look at the path.
 
+mod buffers;
 mod build_log;
 mod child;
 mod gains;
@@ -11,6 +12,8 @@ mod known;
 mod lease_office;
 mod leases;
 mod names;
+mod nar_chunks;
+mod nar_copies;
 mod nar_reader;
 mod nar_stream;
 mod options;
@@ -30,15 +33,16 @@ pub use build_log::LogError;
 pub use child::ChildError;
 pub use known::KnownPath;
 pub use leases::{Lease, StoreState};
+pub use nar_copies::NarCopies;
 pub use nar_reader::NarReadError;
 pub use nar_stream::NarStream;
 pub use options::Options;
 pub use tree::TreeError;
 
+use self::buffers::BufferPool;
 use self::known::{KnownPaths, Stamp};
 use self::leases::Leases;
 use self::names::Names;
-use self::nar_stream::BufferPool;
 use crate::metrics::StoreMetrics;
 use crate::nix::layout::NarLayout;
 use crate::nix::{StoreDir, StorePath, StorePathHash};
@@ -109,6 +113,7 @@ struct Inner {
     leases: Leases,
     /// Layouts of NARs that were asked for, under the stamps of their paths.
     layouts: Cache<StorePathHash, (Stamp, Arc<NarLayout>)>,
+    copies: NarCopies,
     pool: BufferPool,
     follower: JoinHandle<()>,
 }
@@ -124,6 +129,7 @@ impl Store {
     /// Nix on the machine is no error: every answer is "not here" until there is.
     pub fn open(
         options: Options,
+        copies: NarCopies,
         metrics: &StoreMetrics,
         gained: mpsc::Sender<StorePathHash>,
     ) -> Result<(Self, JoinHandle<()>), OpenError> {
@@ -141,7 +147,7 @@ impl Store {
         let weigh =
             |_: &_, (_, layout): &(_, Arc<NarLayout>)| u32::try_from(layout.weight()).unwrap_or(u32::MAX);
         let layouts = Cache::builder().weigher(weigh).max_capacity(LAYOUTS_BYTES).build();
-        let inner = Inner { options, store_dir, names, known, leases, layouts, pool, follower };
+        let inner = Inner { options, store_dir, names, known, leases, layouts, copies, pool, follower };
         Ok((Self(Arc::new(inner)), task))
     }
 
@@ -237,14 +243,22 @@ impl Store {
     pub fn forget(&self, hash: &StorePathHash) {
         self.0.known.forget(hash);
         self.0.layouts.invalidate(hash);
+        self.0.copies.forget(hash);
     }
 
     /// The layout of a path's NAR. Its length is NarSize, or it is an error and the path is forgotten.
     pub async fn layout(&self, known: &KnownPath) -> Result<Arc<NarLayout>, StoreError> {
         let hash = known.info.hash();
-        if let Some((stamp, layout)) = self.0.layouts.get(&hash)
-            && stamp == known.stamp
-        {
+        let laid_out = || {
+            let laid_out = self.0.layouts.get(&hash).filter(|(stamp, _)| *stamp == known.stamp);
+            laid_out.map(|(_, layout)| layout)
+        };
+        if let Some(layout) = laid_out() {
+            return Ok(layout);
+        }
+        // Who comes meanwhile waits for the same.
+        let _one = known.laying_out.lock().await;
+        if let Some(layout) = laid_out() {
             return Ok(layout);
         }
         let laid = self.lay_out(known).await;
@@ -278,7 +292,8 @@ impl Store {
         // Before the tree is looked at: a lease that ends meanwhile would let it be deleted underneath.
         let lease = known.lease();
         let layout = self.layout(known).await?;
-        Ok(NarStream::new(self.clone(), known, layout, range, lease))
+        let copy = self.0.copies.of(known, &layout, range.start, &self.0.pool);
+        Ok(NarStream::new(self.clone(), known, layout, range, lease, copy))
     }
 
     /// The build log of a derivation, unpacked. `None`: there is none.

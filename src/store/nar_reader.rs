@@ -62,6 +62,8 @@ struct OpenFile {
     fd: OwnedFd,
     at: u64,
     size: u64,
+    /// Where the cursor was before it named this file.
+    before: Cursor,
 }
 
 /// The directory that the cursor is in. Opened when a file in it is; one descriptor however deep the tree.
@@ -99,6 +101,81 @@ impl NarReader {
         self.skip == 0
             && self.literal_at == self.literal.len()
             && self.file.as_ref().is_some_and(|file| left(file).min(self.remaining) >= bytes)
+    }
+
+    /// Whether a file comes next of which at least `bytes` are left, opened or not.
+    pub(super) fn is_at_file(&self, bytes: u64) -> bool {
+        if self.file.is_some() || self.literal_at < self.literal.len() {
+            return self.is_inside_file(bytes);
+        }
+        let (mut cursor, mut literal) = (self.cursor, Vec::new());
+        let Step::File { meta, .. } = cursor.advance(&self.layout, &mut literal) else { return false };
+        (literal.len() as u64 + meta.size).saturating_sub(self.skip).min(self.remaining) >= bytes
+    }
+
+    /// How many bytes have to be passed over before those that are given out.
+    pub(super) fn to_skip(&self) -> u64 {
+        self.skip
+    }
+
+    /// Cuts off the next `bytes`, as a reader of its own that may be read at the same time. Nothing is opened for it.
+    pub(super) fn split_off(&mut self, bytes: u64) -> Self {
+        let directory = OpenDirectory { path: self.directory.path.clone(), fd: None };
+        let mut rest = Self {
+            root: self.root.clone(),
+            layout: Arc::clone(&self.layout),
+            cursor: self.cursor,
+            literal: self.literal.clone(),
+            literal_at: self.literal_at,
+            file: None,
+            directory,
+            skip: self.skip + bytes,
+            remaining: self.remaining.saturating_sub(bytes),
+        };
+        if let Some(file) = &self.file {
+            // Back to the step that named the file, to pass over what was given of it.
+            rest.cursor = file.before;
+            rest.skip += self.literal_at as u64 + file.at;
+            rest.literal.clear();
+            rest.literal_at = 0;
+        }
+        rest.pass_over();
+        let mut first = std::mem::replace(self, rest);
+        first.remaining = first.remaining.min(bytes);
+        first
+    }
+
+    /// Moves over what is to be skipped, up to the step in which that ends.
+    fn pass_over(&mut self) {
+        loop {
+            let there = (self.literal.len() - self.literal_at) as u64;
+            if self.skip < there {
+                return;
+            }
+            self.skip -= there;
+            self.literal.clear();
+            self.literal_at = 0;
+            if self.skip == 0 {
+                return;
+            }
+            let before = self.cursor;
+            match self.cursor.advance(&self.layout, &mut self.literal) {
+                Step::Enter(name) => self.directory.enter(name),
+                Step::Leave => self.directory.leave(&self.root),
+                Step::File { meta, .. } => {
+                    let behind = self.literal.len() as u64 + meta.size;
+                    self.literal.clear();
+                    if self.skip < behind {
+                        self.cursor = before;
+                        return;
+                    }
+                    self.skip -= behind;
+                }
+                Step::Symlink { .. } => {}
+                Step::Finished if self.literal.is_empty() => return,
+                Step::Finished => {}
+            }
+        }
     }
 
     /// Fills the buffer, or as much of it as the NAR has left. Returns the bytes filled; 0 is the end.
@@ -171,6 +248,7 @@ impl NarReader {
     fn step(&mut self) -> Result<(), NarReadError> {
         self.literal.clear();
         self.literal_at = 0;
+        let before = self.cursor;
         match self.cursor.advance(&self.layout, &mut self.literal) {
             Step::Enter(name) => self.directory.enter(name),
             Step::Leave => self.directory.leave(&self.root),
@@ -182,7 +260,7 @@ impl NarReader {
                     self.literal.clear();
                 } else if meta.size > 0 {
                     let fd = self.directory.open(name, meta)?;
-                    self.file = Some(OpenFile { fd, at: 0, size: meta.size });
+                    self.file = Some(OpenFile { fd, at: 0, size: meta.size, before });
                 }
             }
             Step::Symlink { .. } => {}
@@ -299,6 +377,31 @@ mod tests {
         }
     }
 
+    /// Each part by a reader of its own, and the last part first; every third is read a little before it is cut.
+    fn read_in_parts(root: &Path, layout: &Arc<NarLayout>, range: Range<u64>, chunk: usize) -> Vec<u8> {
+        let mut rest = NarReader::new(root.to_owned(), Arc::clone(layout), range);
+        let mut parts = Vec::new();
+        while rest.remaining() > 0 {
+            let mut begun = vec![0; if parts.len() % 3 == 2 { chunk / 2 } else { 0 }];
+            let filled = rest.fill(&mut begun).unwrap();
+            begun.truncate(filled);
+            if rest.is_at_file(chunk as u64) {
+                assert!(rest.remaining() >= chunk as u64);
+            }
+            parts.push((begun, rest.split_off(chunk as u64)));
+        }
+        let read = |(mut begun, mut part): (Vec<u8>, NarReader)| {
+            let mut buffer = vec![0; chunk + 1];
+            let filled = part.fill(&mut buffer).unwrap();
+            assert_eq!(part.remaining(), 0);
+            begun.extend_from_slice(&buffer[..filled]);
+            begun
+        };
+        let mut parts: Vec<Vec<u8>> = parts.into_iter().rev().map(read).collect();
+        parts.reverse();
+        parts.concat()
+    }
+
     proptest! {
         #[test]
         fn any_tree_and_any_range_of_it_is_what_another_writer_of_nars_says(
@@ -315,9 +418,11 @@ mod tests {
             let layout = Arc::new(tree::lay_out(&root).unwrap());
             prop_assert_eq!(layout.len(), expected.len() as u64);
             prop_assert!(read(&root, &layout, 0..layout.len(), chunk) == expected);
+            prop_assert!(read_in_parts(&root, &layout, 0..layout.len(), chunk) == expected);
             let (one, other) = (ends.0.index(expected.len() + 1), ends.1.index(expected.len() + 1));
             let (start, end) = (one.min(other), one.max(other));
             prop_assert!(read(&root, &layout, start as u64..end as u64, chunk) == expected[start..end]);
+            prop_assert!(read_in_parts(&root, &layout, start as u64..end as u64, chunk) == expected[start..end]);
         }
     }
 

@@ -35,6 +35,10 @@ pub enum TreeError {
     },
 }
 
+/// From so many directories in one on, they are read at the same time: fewer would not pay for the threads.
+const MANY: usize = 32;
+const MOST_THREADS: usize = 4;
+
 /// One entry that waits for its turn.
 enum Pending {
     Entry(Vec<u8>, Kind),
@@ -43,7 +47,8 @@ enum Pending {
 }
 
 enum Kind {
-    Directory,
+    /// With its entries, if they were read ahead.
+    Directory(Option<Vec<Pending>>),
     File(FileMeta),
     Symlink(Vec<u8>),
 }
@@ -57,13 +62,15 @@ pub(super) fn lay_out(root: &Path) -> Result<NarLayout, TreeError> {
     let mut pending = vec![Pending::Entry(Vec::new(), kind)];
     while let Some(next) = pending.pop() {
         let laid = match next {
-            Pending::Entry(name, Kind::Directory) => {
+            Pending::Entry(name, Kind::Directory(read)) => {
                 if !name.is_empty() {
                     place.push(OsStr::from_bytes(&name));
                 }
                 pending.push(Pending::End);
+                let mut entries = read.map_or_else(|| entries(&place), Ok)?;
+                read_ahead(&mut entries, &place)?;
                 // The last one pushed is the first to have its turn.
-                pending.extend(entries(&place)?.into_iter().rev());
+                pending.extend(entries.into_iter().rev());
                 builder.directory(&name)
             }
             Pending::Entry(name, Kind::File(meta)) => builder.file(&name, meta),
@@ -78,6 +85,35 @@ pub(super) fn lay_out(root: &Path) -> Result<NarLayout, TreeError> {
         laid.map_err(|source| TreeError::Layout { path: place.clone(), source })?;
     }
     builder.finish().map_err(|source| TreeError::Layout { path: root.to_owned(), source })
+}
+
+/// Reads the directories among the entries, where they are many, on all processors.
+fn read_ahead(found: &mut [Pending], place: &Path) -> Result<(), TreeError> {
+    let mut directories: Vec<(PathBuf, &mut Option<Vec<Pending>>)> = Vec::new();
+    for entry in found {
+        if let Pending::Entry(name, Kind::Directory(read @ None)) = entry {
+            directories.push((place.join(OsStr::from_bytes(name)), read));
+        }
+    }
+    if directories.len() < MANY {
+        return Ok(());
+    }
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
+    let share = directories.len().div_ceil(threads);
+    let read = |share: &mut [(PathBuf, &mut Option<Vec<Pending>>)]| {
+        share.iter_mut().try_for_each(|(path, read)| entries(path).map(|found| **read = Some(found)))
+    };
+    std::thread::scope(|scope| {
+        let mut shares = directories.chunks_mut(share);
+        let first = shares.next();
+        let others: Vec<_> = shares.map(|share| scope.spawn(move || read(share))).collect();
+        let mut done = first.map_or(Ok(()), read);
+        for other in others {
+            // It does not panic; if it did, nothing would be read ahead.
+            done = done.and(other.join().unwrap_or(Ok(())));
+        }
+        done
+    })
 }
 
 /// The entries of a directory, sorted by the bytes of their names.
@@ -97,7 +133,7 @@ fn entries(directory: &Path) -> Result<Vec<Pending>, TreeError> {
     let entry = |(name, file_type): (Vec<u8>, FileType)| {
         // The type that the directory tells spares a stat of everything but files.
         let kind = match file_type {
-            FileType::Directory => Kind::Directory,
+            FileType::Directory => Kind::Directory(None),
             FileType::Symlink => link(&fd, &name, directory)?,
             _ => {
                 let os_name = OsStr::from_bytes(&name);
@@ -120,7 +156,7 @@ fn link(fd: impl std::os::fd::AsFd, name: &[u8], directory: &Path) -> Result<Kin
 
 fn kind(stat: &Stat, fd: impl std::os::fd::AsFd, name: &OsStr, path: &Path) -> Result<Kind, TreeError> {
     match FileType::from_raw_mode(stat.st_mode) {
-        FileType::Directory => Ok(Kind::Directory),
+        FileType::Directory => Ok(Kind::Directory(None)),
         FileType::RegularFile => Ok(Kind::File(file_meta(stat))),
         FileType::Symlink => {
             let target = rustix::fs::readlinkat(fd, name, Vec::new()).map_err(|source| io(path, source))?;

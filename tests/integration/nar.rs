@@ -104,6 +104,35 @@ fn every_kind_of_tree_is_what_nix_dumps() {
 }
 
 #[test]
+fn a_nar_of_many_small_files_is_the_same_to_all_who_ask_with_and_without_a_copy() {
+    let store = Store::new();
+    let path = format!("/nix/store/{}-many", "4".repeat(32));
+    for folder in 0..40 {
+        let folder = store.real(&path).join(format!("d{folder}"));
+        fs::create_dir_all(&folder).unwrap();
+        for file in 0..100 {
+            fs::write(folder.join(format!("f{file}")), format!("{file}").repeat(900 + file)).unwrap();
+        }
+    }
+    register(&store, &path);
+    let expected = dump(&store, &path);
+    // Copied, not copied, and no room for a copy.
+    for settings in ["", "[limits]\nnar_copies = \"0 B\"", "[limits]\nnar_copies = \"16 MiB\""] {
+        let daemon = Daemon::serve(store.root(), settings);
+        let url = nar_url(&daemon, &path);
+        for _ in 0..2 {
+            std::thread::scope(|scope| {
+                for _ in 0..6 {
+                    scope.spawn(|| assert!(get(&url).bytes() == expected, "{settings}"));
+                }
+            });
+            let part = get_with(&url, &[("Range", "bytes=5000001-6000000")]);
+            assert!(part.bytes() == expected[5_000_001..=6_000_000], "{settings}");
+        }
+    }
+}
+
+#[test]
 fn every_range_is_that_part_of_the_nar() {
     let store = Store::new();
     let path = format!("/nix/store/{}-odd", "1".repeat(32));

@@ -1,0 +1,69 @@
+//! Buffers for chunks of NARs, and places to read ahead: one pool for all streams.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+/// Bytes of a chunk: large enough that the system calls do not count, small enough for a processor's cache.
+pub(super) const CHUNK: usize = 256 * 1024;
+/// Buffers that are kept for the next chunk; fresh ones cost half as much again.
+const POOL: usize = 32;
+/// Chunks that all streams together may read at the same time, besides the one that each may have under way. Each takes a
+/// thread, a buffer and two descriptors.
+const READ_AHEAD: usize = 32;
+
+/// Buffers of one size that are used again.
+#[derive(Clone, Debug)]
+pub(super) struct BufferPool {
+    buffers: Arc<Mutex<Vec<Box<[u8]>>>>,
+    ahead: Arc<Semaphore>,
+}
+
+impl Default for BufferPool {
+    fn default() -> Self {
+        Self { buffers: Arc::default(), ahead: Arc::new(Semaphore::new(READ_AHEAD)) }
+    }
+}
+
+impl BufferPool {
+    pub(super) fn take(&self) -> Box<[u8]> {
+        let pooled = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        pooled.unwrap_or_else(|| vec![0; CHUNK].into_boxed_slice())
+    }
+
+    pub(super) fn give_back(&self, buffer: Box<[u8]>) {
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        if buffers.len() < POOL {
+            buffers.push(buffer);
+        }
+    }
+
+    /// The first `len` bytes of a buffer, which comes back to the pool when the last view of them is dropped.
+    pub(super) fn share(&self, buffer: Box<[u8]>, len: usize) -> Bytes {
+        Bytes::from_owner(Pooled { buffer, len, pool: self.clone() })
+    }
+
+    /// A place to read one more chunk ahead, if there is one.
+    pub(super) fn place_ahead(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.ahead).try_acquire_owned().ok()
+    }
+}
+
+struct Pooled {
+    buffer: Box<[u8]>,
+    len: usize,
+    pool: BufferPool,
+}
+
+impl AsRef<[u8]> for Pooled {
+    fn as_ref(&self) -> &[u8] {
+        &self.buffer[..self.len]
+    }
+}
+
+impl Drop for Pooled {
+    fn drop(&mut self) {
+        self.pool.give_back(std::mem::take(&mut self.buffer));
+    }
+}

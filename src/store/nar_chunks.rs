@@ -1,0 +1,166 @@
+//! The chunks of a NAR, read from its tree.
+//!
+//! Contents that are in memory are read where the next chunk is asked for; everything else (opening files, the disk) is done
+//! by blocking tasks, a chunk each, so that a slow reader holds a few buffers and never a thread. Where files are small, opening
+//! them takes most of the time: then several chunks are read at once.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use rustix::io::Errno;
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::task::{JoinHandle, spawn_blocking};
+
+use super::buffers::{BufferPool, CHUNK};
+use super::nar_reader::{NarReadError, NarReader};
+
+/// Chunks of one NAR that are read at the same time.
+const AT_ONCE: usize = 4;
+
+/// Reads a NAR in chunks, in their order.
+#[derive(Debug)]
+pub(super) struct NarChunks {
+    /// What no task reads yet. `None` while one reads on with it.
+    rest: Option<Box<NarReader>>,
+    /// In the order of the NAR.
+    tasks: VecDeque<JoinHandle<Filled>>,
+    pool: BufferPool,
+    copy: Option<Copy>,
+}
+
+/// Where each chunk is written to as well, from its place on.
+#[derive(Clone, Debug)]
+struct Copy {
+    file: Arc<File>,
+    at: u64,
+}
+
+#[derive(Debug)]
+struct Filled {
+    chunk: Result<Bytes, NarReadError>,
+    /// Comes back with the file that it has open.
+    rest: Option<Box<NarReader>>,
+}
+
+impl NarChunks {
+    pub(super) fn new(reader: NarReader, pool: BufferPool) -> Self {
+        Self { rest: Some(Box::new(reader)), tasks: VecDeque::new(), pool, copy: None }
+    }
+
+    /// Writes each chunk into the file too, before it is given out.
+    pub(super) fn copied_to(mut self, file: Arc<File>) -> Self {
+        self.copy = Some(Copy { file, at: 0 });
+        self
+    }
+
+    /// The next chunk; `None` is the end. Not to be asked again after an error.
+    pub(super) fn poll_next(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Bytes, NarReadError>>> {
+        if self.tasks.is_empty()
+            && let Some(cached) = self.fill_cached().transpose()
+        {
+            return Poll::Ready(Some(cached));
+        }
+        if self.tasks.is_empty() {
+            self.start_one(None);
+        }
+        self.read_ahead();
+        let Some(first) = self.tasks.front_mut() else { return Poll::Ready(None) };
+        let done = ready!(Pin::new(first).poll(context));
+        self.tasks.pop_front();
+        let Ok(Filled { chunk, rest }) = done else {
+            return Poll::Ready(Some(Err(NarReadError::Stopped)));
+        };
+        self.rest = rest.or(self.rest.take());
+        if chunk.is_ok() {
+            // The next ones are filled while this one is sent.
+            if self.tasks.is_empty() && !self.is_inside_file() {
+                self.start_one(None);
+            }
+            self.read_ahead();
+        }
+        Poll::Ready(Some(chunk))
+    }
+
+    /// Whether the next chunk may be had here and now. A copy is written by tasks alone.
+    fn is_inside_file(&self) -> bool {
+        self.copy.is_none() && self.rest.as_ref().is_some_and(|rest| rest.is_inside_file(CHUNK as u64))
+    }
+
+    fn fill_cached(&mut self) -> Result<Option<Bytes>, NarReadError> {
+        if !self.is_inside_file() {
+            return Ok(None);
+        }
+        let Some(rest) = &mut self.rest else { return Ok(None) };
+        let mut buffer = self.pool.take();
+        match rest.fill_cached(&mut buffer) {
+            Ok(Some(filled)) => Ok(Some(self.pool.share(buffer, filled))),
+            nothing => {
+                self.pool.give_back(buffer);
+                nothing.map(|_| None)
+            }
+        }
+    }
+
+    fn read_ahead(&mut self) {
+        while !self.tasks.is_empty() && self.tasks.len() < AT_ONCE && self.rest.is_some() {
+            if self.is_inside_file() {
+                return;
+            }
+            let Some(place) = self.pool.place_ahead() else { return };
+            if !self.start_one(Some(place)) {
+                return;
+            }
+        }
+    }
+
+    /// Starts to read the next chunk. False: there is none, or it is the next task's that comes back.
+    fn start_one(&mut self, place: Option<OwnedSemaphorePermit>) -> bool {
+        let Some(mut rest) = self.rest.take_if(|rest| rest.remaining() > 0) else { return false };
+        let len = rest.remaining().min(CHUNK as u64);
+        let copy = self.copy.clone();
+        if let Some(copy) = &mut self.copy {
+            copy.at += len;
+        }
+        // A large file is read on by one reader, which keeps it open. The way to a range far behind is a task's too.
+        let chunk = CHUNK as u64;
+        let reads_on = len < chunk || rest.to_skip() > chunk || rest.is_at_file(len);
+        let mut part = if reads_on {
+            rest
+        } else {
+            let part = Box::new(rest.split_off(len));
+            self.rest = Some(rest);
+            part
+        };
+        let pool = self.pool.clone();
+        self.tasks.push_back(spawn_blocking(move || {
+            let _place = place;
+            let mut buffer = pool.take();
+            let filled = part.fill(&mut buffer).and_then(|filled| {
+                copy.map_or(Ok(()), |copy| copy.write(&buffer[..filled]))?;
+                Ok(filled)
+            });
+            let chunk = filled.map(|filled| pool.share(buffer, filled));
+            Filled { chunk, rest: reads_on.then_some(part) }
+        }));
+        true
+    }
+}
+
+impl Copy {
+    fn write(&self, bytes: &[u8]) -> Result<(), NarReadError> {
+        let failed = |error: std::io::Error| NarReadError::Io {
+            path: PathBuf::from("the copy of the NAR"),
+            source: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+        };
+        self.file.write_all_at(bytes, self.at).map_err(failed)
+    }
+}
