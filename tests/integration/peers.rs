@@ -243,18 +243,19 @@ fn a_silent_peer_costs_no_more_than_the_budget_and_a_stalled_nar_is_cut() {
     let (daemon, _store) = relaying(&honest.key, &[silent.url(), honest.daemon.substituter()], "");
     assert_eq!(ask(&daemon, &honest.path).status, 200);
 
-    let upstream = honest.daemon.url("nix-cache");
+    let (upstream, nar) = (honest.daemon.url("nix-cache"), honest.nar.clone());
     let stalling = Scripted::start(move |path| {
-        let truth = get(&format!("{upstream}/{path}")).bytes();
         if path.ends_with(".nar") {
-            let half = truth[..truth.len() / 2].to_vec();
-            return Script { length: Some(truth.len()), then: Then::Hangs, ..Script::ok(half) };
+            let half = nar[..nar.len() / 2].to_vec();
+            return Script { length: Some(nar.len()), then: Then::Hangs, ..Script::ok(half) };
         }
-        Script::ok(truth)
+        Script::ok(get(&format!("{upstream}/{path}")).bytes())
     });
-    let (daemon, _store) = relaying(&honest.key, &[stalling.url()], "[resolve]\nstall = \"300ms\"");
+    let (daemon, _store) = relaying(&honest.key, &[stalling.url()], "[resolve]\nstall = \"1s\"");
     assert_eq!(ask(&daemon, &honest.path).status, 200);
-    assert!(get(&daemon.url(&honest.nar_url)).try_bytes().is_err());
+    let answer = get(&daemon.url(&honest.nar_url));
+    assert_eq!(answer.status, 200);
+    assert!(answer.try_bytes().is_err());
 }
 
 #[test]
