@@ -83,8 +83,8 @@
 //! - What a host holds is not packed: the filter is made of hashes, which nothing packs, and a difference is a few of them. It is
 //!   not announced by a version either: a question that waits hears of every gain, however many datagrams are lost.
 //! - Files of spools have no names: a crash leaves none behind.
-//! - Small NARs are downloaded ahead of Nix, which asks for one after the other (`resolve::ahead`): a guess, within
-//!   `limits.relay_memory`.
+//! - NARs are downloaded ahead of Nix, which asks for one after the other in an order that follows from their references
+//!   (`resolve::ahead`): while that is right, within half of `limits.relay_memory`.
 //! - nix-compat, which was asked for, is an empty placeholder on the registry; nix-narinfo and nix-derivation stand
 //!   behind [`nix`] instead.
 #![warn(unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]

@@ -64,6 +64,17 @@ pub enum Begin {
     Closed,
 }
 
+/// How a NAR that nobody waits for yet comes before it is asked for.
+#[derive(Debug)]
+pub enum Prepare {
+    /// It is there, or on its way.
+    IsThere,
+    /// Whoever gets this downloads it.
+    Write(SpoolWriter),
+    /// It does not, for now.
+    NoRoom,
+}
+
 impl Spools {
     /// None yet. Files are made in `directory` (they have no names, so that a crash leaves none) and take `disk` bytes at most;
     /// what is kept in memory takes `memory` bytes at most, windows and all, but less of it never keeps a download out.
@@ -92,23 +103,24 @@ impl Spools {
         }
     }
 
-    /// Begins the download of a NAR that nobody waits for yet, kept whole in memory. `None`: it is there, or there is no room.
+    /// Begins the download of a NAR that nobody waits for yet, kept whole in memory.
     #[must_use]
-    pub fn prepare(&self, nar: &NarHash, size: u64) -> Option<SpoolWriter> {
+    pub fn prepare(&self, nar: &NarHash, size: u64) -> Prepare {
         let mut table = self.lock();
-        if table.is_closed || table.spools.contains_key(nar) {
-            return None;
+        if table.spools.contains_key(nar) {
+            return Prepare::IsThere;
         }
         // Half stays for what is asked for: a guess that is on its way can't be taken back.
         let memory = &self.0.memory;
-        if table.available(memory, Spool::was_read) < size.saturating_add(memory.limit() / 2) {
-            return None;
+        let fits = table.available(memory, Spool::was_read) >= size.saturating_add(memory.limit() / 2);
+        if table.is_closed || !fits {
+            return Prepare::NoRoom;
         }
         // For what may never be asked for only what was read already is given up.
-        let reserved = table.make_room(&self.0.memory, size, Spool::was_read)?;
+        let Some(reserved) = table.make_room(memory, size, Spool::was_read) else { return Prepare::NoRoom };
         let writer = Spool::begin(size, Keep::All, None, vec![reserved]);
         table.insert(nar, &writer);
-        Some(writer)
+        Prepare::Write(writer)
     }
 
     fn try_begin(&self, nar: &NarHash, size: u64, whole: bool) -> Option<Begin> {
@@ -294,6 +306,11 @@ mod tests {
         NarHash::from_digest([number; 32])
     }
 
+    fn prepared(spools: &Spools, number: u8, size: u64) -> SpoolWriter {
+        let Prepare::Write(writer) = spools.prepare(&nar(number), size) else { panic!("no room") };
+        writer
+    }
+
     /// All bytes come, and are good.
     fn fill(writer: SpoolWriter, size: u64) {
         writer.appender().append(vec![0; usize::try_from(size).unwrap()].into());
@@ -304,7 +321,7 @@ mod tests {
     fn nothing_is_given_up_in_vain_or_for_another_budget() {
         let test = || {
             let spools = Spools::new(None, 100, 100);
-            fill(spools.prepare(&nar(1), 40).unwrap(), 40);
+            fill(prepared(&spools, 1, 40), 40);
             let (memory, disk) = (&spools.0.memory, &spools.0.disk);
             let _disk = disk.reserve(95).unwrap();
             assert!(spools.lock().make_room(disk, 10, |_| true).is_none());
@@ -323,7 +340,7 @@ mod tests {
             let spools = Spools::new(None, 4 * WINDOW, 0);
             let taken = || spools.taken().0;
             // What was downloaded ahead, and is idle, keeps nobody out.
-            fill(spools.prepare(&nar(255), 2 * WINDOW).unwrap(), 2 * WINDOW);
+            fill(prepared(&spools, 255, 2 * WINDOW), 2 * WINDOW);
             let (names, mut inside, mut had_a_turn) =
                 ((0..40).map(nar).collect::<Vec<_>>(), VecDeque::new(), 0);
             let mut waiting: FuturesUnordered<_> =

@@ -10,7 +10,7 @@ use tokio::time::{MissedTickBehavior, interval, timeout};
 use super::ahead::Ahead;
 use super::download::{Download, LOWEST_RATE};
 use super::holders::{Holder, Holders};
-use crate::cache::{Begin, Piece, Served, SpoolError, SpoolReader, SpoolWriter, Spools};
+use crate::cache::{Begin, Piece, Prepare, Served, SpoolError, SpoolReader, SpoolWriter, Spools};
 use crate::metrics::RelayMetrics;
 use crate::nix::cache_url::NarUrl;
 use crate::nix::narinfo::PathInfo;
@@ -59,11 +59,9 @@ impl Relays {
         Some(RelayedNar { nar_size, nar_hash, relays, url, holder: Some(holder) })
     }
 
-    /// A client got this narinfo of a peer: if its NAR is small, it may be downloaded before it is asked for.
+    /// A client got this narinfo of a peer: its NAR may be downloaded before it is asked for.
     pub(super) fn told(&self, info: &PathInfo) {
-        if info.nar_size <= self.verify_first {
-            self.ahead.told(info.hash(), info.references.iter().map(StorePathHash::of));
-        }
+        self.ahead.told(info.hash(), info.references.iter().map(StorePathHash::of));
     }
 
     /// Downloads what this client will most likely ask for next, while it is busy with what it has asked for.
@@ -71,14 +69,15 @@ impl Relays {
         for hash in self.ahead.asked(asked) {
             let Some(holder) = self.holders.remembered(&NarUrl { hash, nar_hash: None }) else { continue };
             let Served { nar_hash, nar_size, .. } = holder.served;
-            // Another peer may have said another size since.
-            if nar_size > self.verify_first {
-                continue;
-            }
-            if let Some(writer) = self.spools.prepare(&nar_hash, nar_size) {
-                self.metrics.prepared.inc();
-                let url = NarUrl { hash, nar_hash: Some(nar_hash) };
-                self.download(url, nar_hash, holder, true, writer);
+            match self.spools.prepare(&nar_hash, nar_size) {
+                Prepare::Write(writer) => {
+                    self.metrics.prepared.inc();
+                    let url = NarUrl { hash, nar_hash: Some(nar_hash) };
+                    self.download(url, nar_hash, holder, nar_size <= self.verify_first, writer);
+                }
+                Prepare::IsThere => {}
+                // What comes later may not take the place of what comes sooner.
+                Prepare::NoRoom => break,
             }
         }
     }

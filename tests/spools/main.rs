@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use fastrand::Rng;
 use futures_util::FutureExt as _;
-use peernix::cache::{Begin, Piece, SpoolReader, SpoolWriter, Spools};
+use peernix::cache::{Begin, Piece, Prepare, SpoolReader, SpoolWriter, Spools};
 use peernix::nix::NarHash;
 use tempfile::TempDir;
 use tokio::task::yield_now;
@@ -220,11 +220,14 @@ async fn the_least_recently_used_goes_when_memory_is_needed_and_no_file_does() {
     assert_eq!(there, [true, true, false, true]);
     assert_eq!(spools.taken(), (4 * size as u64, size as u64));
     // What comes ahead of its first reader is not given up for what does so too, and takes half of all at most.
-    let prepared = [6, 7].map(|number| spools.prepare(&nar(number), size as u64).unwrap());
+    let prepared = [6, 7].map(|number| match spools.prepare(&nar(number), size as u64) {
+        Prepare::Write(writer) => writer,
+        other => panic!("{other:?}"),
+    });
     for writer in prepared {
         fill(&writer, 0, size);
         writer.finish();
     }
-    assert!(spools.prepare(&nar(8), size as u64).is_none());
+    assert!(matches!(spools.prepare(&nar(8), size as u64), Prepare::NoRoom));
     assert_eq!([6, 7].map(|number| spools.len_of(&nar(number))), [Some(size as u64); 2]);
 }

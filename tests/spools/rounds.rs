@@ -9,7 +9,7 @@ use bytes::Bytes;
 use fastrand::Rng;
 use futures_util::FutureExt as _;
 use futures_util::future::join_all;
-use peernix::cache::{Begin, SpoolError, SpoolReader, SpoolWriter, Spools};
+use peernix::cache::{Begin, Prepare, SpoolError, SpoolReader, SpoolWriter, Spools};
 use tempfile::TempDir;
 use tokio::sync::Notify;
 use tokio::task::{JoinSet, spawn_blocking, yield_now};
@@ -153,7 +153,10 @@ impl Round {
         assert_eq!((closed, self.inside.load(Ordering::SeqCst)), (Ok(()), 0), "seed {}", self.seed);
         assert_eq!(self.spools.taken(), (0, 0), "seed {}", self.seed);
         assert!(matches!(self.begin().await, Begin::Closed), "seed {}", self.seed);
-        assert!(self.spools.prepare(&nar(2), 0).is_none() && self.spools.len_of(&nar(1)).is_none());
+        assert!(
+            matches!(self.spools.prepare(&nar(2), 0), Prepare::NoRoom)
+                && self.spools.len_of(&nar(1)).is_none()
+        );
     }
 
     async fn run(seed: u64, folder: Arc<TempDir>, most: usize, readers: usize) {
