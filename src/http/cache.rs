@@ -151,7 +151,8 @@ impl CacheFiles {
             let place = client.heavy_work().await.ok_or(Refused::Busy)?;
             let stream = nar.stream(range.clone()).await?;
             drop(place);
-            Body::new(NarBody::new(stream, nar.info().store_path.clone(), self.metrics.clone()))
+            let (path, files) = (nar.info().store_path.clone(), client.files.clone());
+            Body::new(NarBody::new(stream, path, self.metrics.clone(), files))
         };
         let mut answer = nar_answer(body, range.end - range.start);
         *answer.status_mut() = status;

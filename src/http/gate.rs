@@ -17,6 +17,7 @@ use ipnet::IpNet;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
+use super::file_socket::FileQueue;
 use super::{Limits, Options};
 use crate::metrics::Refusal;
 use crate::resolve::{PEER_HEADER, Scope};
@@ -67,6 +68,8 @@ pub(super) struct Admitted {
     pub(super) address: IpAddr,
     /// Whether `http.allow` has the address. If not, each request is told so.
     pub(super) is_allowed: bool,
+    /// What the kernel sends to it.
+    pub(super) files: FileQueue,
 }
 
 impl Gate {
@@ -106,7 +109,7 @@ impl Gate {
             }
             *open += 1;
         }
-        Ok(Admitted { gate: Arc::clone(self), address, is_allowed })
+        Ok(Admitted { gate: Arc::clone(self), address, is_allowed, files: FileQueue::default() })
     }
 
     /// Forgets addresses that have not asked for a while.

@@ -9,6 +9,7 @@ mod api;
 mod app;
 mod cache;
 mod counted_body;
+mod file_socket;
 mod gate;
 mod nar_body;
 mod options;

@@ -8,6 +8,7 @@ use bytes::Bytes;
 use futures_util::Stream as _;
 use http_body::{Body, Frame, SizeHint};
 
+use super::file_socket::FileQueue;
 use crate::metrics::HttpMetrics;
 use crate::nix::StorePath;
 use crate::resolve::{NarReadError, NarStream};
@@ -17,12 +18,14 @@ pub(super) struct NarBody {
     stream: NarStream,
     path: StorePath,
     metrics: HttpMetrics,
+    files: FileQueue,
     span: tracing::Span,
 }
 
 impl NarBody {
-    pub(super) fn new(stream: NarStream, path: StorePath, metrics: HttpMetrics) -> Self {
-        Self { stream, path, metrics, span: tracing::Span::current() }
+    /// To be written to the connection that has this queue, and read by nobody else.
+    pub(super) fn new(stream: NarStream, path: StorePath, metrics: HttpMetrics, files: FileQueue) -> Self {
+        Self { stream, path, metrics, files, span: tracing::Span::current() }
     }
 }
 
@@ -34,6 +37,9 @@ impl Body for NarBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, NarReadError>>> {
+        if let Some(span) = self.stream.span() {
+            return Poll::Ready(Some(Ok(Frame::data(self.files.push(span)))));
+        }
         match ready!(Pin::new(&mut self.stream).poll_next(context)) {
             None => Poll::Ready(None),
             Some(Ok(chunk)) => Poll::Ready(Some(Ok(Frame::data(chunk)))),

@@ -17,6 +17,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use super::activity::{Activity, Watched};
 use super::app::App;
+use super::file_socket::FileSocket;
 use super::gate::{Admitted, Gate};
 use super::{Limits, Options};
 use crate::metrics::Metrics;
@@ -207,6 +208,7 @@ async fn serve(
     mut stop: watch::Receiver<bool>,
 ) {
     let activity = Arc::new(Activity::new());
+    let socket = FileSocket::new(socket, client.files.clone(), metrics.http.clone());
     let io = TokioIo::new(Watched::new(socket, Arc::clone(&activity)));
     let (client, noted) = (Arc::new(client), Arc::clone(&activity));
     let service = service_fn(move |request| {

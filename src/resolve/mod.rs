@@ -21,7 +21,7 @@ use tokio::sync::broadcast::error::RecvError;
 
 pub use crate::cache::SpoolError;
 pub use crate::peer::{INSTANCE_HEADER, PEER_HEADER, Peer, Peers, Source};
-pub use crate::store::{NarReadError, NarStream, StoreState};
+pub use crate::store::{FileSpan, NarReadError, NarStream, StoreState};
 pub use local::LocalNar;
 pub use options::Options;
 pub use relay::RelayedNar;

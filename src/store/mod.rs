@@ -7,6 +7,7 @@
 mod buffers;
 mod build_log;
 mod child;
+mod file_span;
 mod gains;
 mod known;
 mod lease_office;
@@ -31,6 +32,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 pub use build_log::LogError;
 pub use child::ChildError;
+pub use file_span::FileSpan;
 pub use known::KnownPath;
 pub use leases::{Lease, StoreState};
 pub use nar_copies::NarCopies;

@@ -18,6 +18,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::buffers::{BufferPool, CHUNK};
+use super::file_span::FileSpan;
 use super::nar_reader::{NarReadError, NarReader};
 
 /// Chunks of one NAR that are read at the same time.
@@ -88,6 +89,12 @@ impl NarChunks {
             self.read_ahead();
         }
         Poll::Ready(Some(chunk))
+    }
+
+    /// The next bytes, if they are those of one file, in memory, that need not be read here.
+    pub(super) fn span(&mut self) -> Option<FileSpan> {
+        let may_be = self.tasks.is_empty() && self.is_inside_file();
+        self.rest.as_mut().filter(|_| may_be)?.span()
     }
 
     /// Whether the next chunk may be had here and now. A copy is written by tasks alone.

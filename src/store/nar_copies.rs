@@ -22,6 +22,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 
 use super::buffers::{BufferPool, CHUNK};
+use super::file_span::FileSpan;
 use super::known::{KnownPath, Stamp};
 use super::leases::Lease;
 use super::nar_chunks::NarChunks;
@@ -179,6 +180,12 @@ impl NarCopy {
         // In this order: a maker says that all is there before it leaves.
         let is_over = self.progress.has_changed().is_err();
         is_over && self.progress.borrow().ready < self.len
+    }
+
+    /// The beginning of a range, if it is there and need not be read here.
+    pub(super) fn span(&self, range: &Range<u64>) -> Option<FileSpan> {
+        let Progress { file, ready } = self.progress.borrow().clone();
+        FileSpan::in_memory(&file?, range.start..range.end.min(ready))
     }
 
     /// The chunks of a range, each as soon as it is there.

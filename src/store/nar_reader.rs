@@ -4,6 +4,7 @@
 //! changed is an error, and never an early end.
 
 use std::ffi::OsStr;
+use std::fs::File;
 use std::io::IoSliceMut;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -15,6 +16,7 @@ use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 use thiserror::Error;
 
+use super::file_span::FileSpan;
 use super::tree::file_meta;
 use crate::nix::layout::{Cursor, FileMeta, NarLayout, Step};
 
@@ -59,7 +61,7 @@ pub(super) struct NarReader {
 /// The file whose contents come next.
 #[derive(Debug)]
 struct OpenFile {
-    fd: OwnedFd,
+    file: Arc<File>,
     at: u64,
     size: u64,
     /// Where the cursor was before it named this file.
@@ -199,6 +201,19 @@ impl NarReader {
         self.give_contents(buffer, ReadWriteFlags::NOWAIT)
     }
 
+    /// The next bytes of the open file, inside which this has to be, if they need not be read here.
+    pub(super) fn span(&mut self) -> Option<FileSpan> {
+        let file = self.file.as_mut()?;
+        let len = (file.size - file.at).min(self.remaining);
+        let span = FileSpan::in_memory(&file.file, file.at..file.at + len)?;
+        file.at += span.len() as u64;
+        self.remaining -= span.len() as u64;
+        if file.at == file.size {
+            self.file = None;
+        }
+        Some(span)
+    }
+
     fn give_literal(&mut self, buffer: &mut [u8]) -> usize {
         let there = &self.literal[self.literal_at..];
         let skipped = self.skip.min(there.len() as u64) as usize;
@@ -223,7 +238,7 @@ impl NarReader {
         let mut got = 0;
         while got < len {
             let mut slices = [IoSliceMut::new(&mut buffer[got..len])];
-            match rustix::io::preadv2(&file.fd, &mut slices, file.at, flags) {
+            match rustix::io::preadv2(&file.file, &mut slices, file.at, flags) {
                 Ok(0) => return Err(NarReadError::Changed(self.directory.path.clone())),
                 Ok(read) => {
                     got += read;
@@ -259,8 +274,8 @@ impl NarReader {
                     self.skip -= behind;
                     self.literal.clear();
                 } else if meta.size > 0 {
-                    let fd = self.directory.open(name, meta)?;
-                    self.file = Some(OpenFile { fd, at: 0, size: meta.size, before });
+                    let file = Arc::new(self.directory.open(name, meta)?.into());
+                    self.file = Some(OpenFile { file, at: 0, size: meta.size, before });
                 }
             }
             Step::Symlink { .. } => {}

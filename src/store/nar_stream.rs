@@ -12,6 +12,7 @@ use futures_util::Stream;
 use futures_util::stream::BoxStream;
 
 use super::Store;
+use super::file_span::FileSpan;
 use super::known::KnownPath;
 use super::leases::Lease;
 use super::nar_chunks::NarChunks;
@@ -34,7 +35,8 @@ pub struct NarStream {
 }
 
 enum Source {
-    Copy(BoxStream<'static, Result<Bytes, Gone>>),
+    /// With its chunks from where the stream is, once they were asked for.
+    Copy(Arc<NarCopy>, Option<BoxStream<'static, Result<Bytes, Gone>>>),
     Tree(NarChunks),
     Ended,
 }
@@ -51,7 +53,7 @@ impl NarStream {
         let (real, hash) = (known.real.clone(), known.info.hash());
         let mut stream = Self { source: Source::Ended, range, real, layout, store, hash, _lease: lease };
         stream.source = match copy {
-            Some(copy) => Source::Copy(copy.chunks(stream.range.clone(), stream.store.0.pool.clone())),
+            Some(copy) => Source::Copy(copy, None),
             None => Source::Tree(stream.tree_chunks()),
         };
         stream
@@ -61,6 +63,22 @@ impl NarStream {
     #[must_use]
     pub fn remaining(&self) -> u64 {
         self.range.end.saturating_sub(self.range.start)
+    }
+
+    /// The next bytes, if they need not be read here: then they have come, for the stream. `None`: the next chunk has them.
+    pub fn span(&mut self) -> Option<FileSpan> {
+        let span = match &mut self.source {
+            Source::Ended => None,
+            Source::Tree(chunks) => chunks.span(),
+            Source::Copy(copy, chunks) => {
+                let span = copy.span(&self.range);
+                // They would go on behind it.
+                chunks.take_if(|_| span.is_some());
+                span
+            }
+        }?;
+        self.range.start += span.len() as u64;
+        Some(span)
     }
 
     /// What is still to come, from the tree.
@@ -77,26 +95,31 @@ impl Stream for NarStream {
         if self.remaining() == 0 {
             self.source = Source::Ended;
         }
+        let this = &mut *self;
         loop {
-            let next = match &mut self.source {
+            let next = match &mut this.source {
                 Source::Ended => return Poll::Ready(None),
                 Source::Tree(chunks) => ready!(chunks.poll_next(context)),
-                Source::Copy(chunks) => match ready!(chunks.as_mut().poll_next(context)) {
-                    Some(Ok(chunk)) => Some(Ok(chunk)),
-                    // The tree has the same bytes.
-                    Some(Err(Gone)) | None => {
-                        self.source = Source::Tree(self.tree_chunks());
-                        continue;
+                Source::Copy(copy, chunks) => {
+                    let (range, pool) = (&this.range, &this.store.0.pool);
+                    let chunks = chunks.get_or_insert_with(|| copy.chunks(range.clone(), pool.clone()));
+                    match ready!(chunks.as_mut().poll_next(context)) {
+                        Some(Ok(chunk)) => Some(Ok(chunk)),
+                        // The tree has the same bytes.
+                        Some(Err(Gone)) | None => {
+                            this.source = Source::Tree(this.tree_chunks());
+                            continue;
+                        }
                     }
-                },
+                }
             };
             match &next {
-                Some(Ok(chunk)) => self.range.start += chunk.len() as u64,
+                Some(Ok(chunk)) => this.range.start += chunk.len() as u64,
                 Some(Err(_)) => {
-                    self.store.forget(&self.hash);
-                    self.source = Source::Ended;
+                    this.store.forget(&this.hash);
+                    this.source = Source::Ended;
                 }
-                None => self.source = Source::Ended,
+                None => this.source = Source::Ended,
             }
             return Poll::Ready(next);
         }

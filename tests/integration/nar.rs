@@ -293,10 +293,13 @@ fn half_read(daemon: &Daemon, path: &str) -> (BufReader<TcpStream>, usize) {
 #[test]
 fn a_file_that_goes_missing_gets_short_or_changes_cuts_the_connection() {
     type Harm = fn(&Path);
-    let harms: [(&str, Harm); 5] = [
+    let harms: [(&str, Harm); 6] = [
         ("missing", |folder| fs::remove_file(folder.join("z")).unwrap()),
         ("short", |folder| {
             fs::File::options().write(true).open(folder.join("z")).unwrap().set_len(5).unwrap()
+        }),
+        ("short while it is sent", |folder| {
+            fs::File::options().write(true).open(folder.join("a")).unwrap().set_len(5).unwrap()
         }),
         ("longer", |folder| {
             fs::File::options().append(true).open(folder.join("z")).unwrap().write_all(b"x").unwrap()

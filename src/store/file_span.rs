@@ -1,0 +1,67 @@
+//! A part of an open file that the kernel may send as it is, without a copy through this process.
+
+use std::fs::File;
+use std::io::{self, IoSliceMut};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::io::ReadWriteFlags;
+
+/// A longer part is cut: one call may not keep a thread that others wait for.
+const LONGEST: u64 = 1024 * 1024;
+/// A shorter one costs more in system calls than a copy of it.
+const SHORTEST: u64 = 64 * 1024;
+
+/// A part of a file. It is there as long as this is, even if the file is deleted.
+#[derive(Debug)]
+pub struct FileSpan {
+    file: Arc<File>,
+    range: Range<u64>,
+}
+
+impl FileSpan {
+    /// No span is longer, in bytes.
+    pub const LONGEST: usize = LONGEST as usize;
+
+    /// The beginning of this range, if that is worth it and in memory: who sends may not wait for the disk.
+    pub(super) fn in_memory(file: &Arc<File>, range: Range<u64>) -> Option<Self> {
+        let range = range.start..range.end.min(range.start + LONGEST);
+        if range.end < range.start + SHORTEST {
+            return None;
+        }
+        // What lies between came with one of them: files are read in order, and the kernel reads ahead.
+        let both = is_in_memory(file, range.start) && is_in_memory(file, range.end - 1);
+        both.then(|| Self { file: Arc::clone(file), range })
+    }
+
+    /// Bytes that are still to be sent.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        usize::try_from(self.range.end - self.range.start).unwrap_or_default()
+    }
+
+    /// Whether all was sent.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    /// Sends the next bytes, `at_most` so many, and says how many the socket took. A file that became shorter is
+    /// [`io::ErrorKind::UnexpectedEof`], and a socket that is full [`io::ErrorKind::WouldBlock`].
+    pub fn send(&mut self, socket: impl AsFd, at_most: usize) -> io::Result<usize> {
+        let len = self.len().min(at_most);
+        let sent = rustix::fs::sendfile(socket, &self.file, Some(&mut self.range.start), len)?;
+        if sent == 0 && len > 0 {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
+        }
+        Ok(sent)
+    }
+}
+
+fn is_in_memory(file: &File, at: u64) -> bool {
+    let mut byte = [0];
+    // A file system that can't say is one that has to be waited for.
+    let read = rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT);
+    read == Ok(1)
+}
