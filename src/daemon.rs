@@ -16,7 +16,7 @@ use crate::cache::Spools;
 use crate::config::{Config, ConfigError};
 use crate::http::{BindError, Listeners, Server};
 use crate::metrics::Metrics;
-use crate::peer::{Announce, Discovery, FEATURE_GAINED, FEATURE_HOLDINGS, Holdings, Listening, Peers};
+use crate::peer::{Announce, Discovery, FEATURE_GAINED, FEATURE_HOLDINGS, Listening, LocalPaths, Peers};
 use crate::resolve::{Parts, Resolver, Share};
 use crate::signing::{Signer, SigningError};
 use crate::store::{NarCopies, OpenError, Store, StoreState};
@@ -102,7 +102,7 @@ impl Daemon {
         let peers = peers(config, &signer, &addresses, &metrics)?;
         let limits = &config.limits;
         let spools = Spools::new(state.clone(), limits.relay_memory.as_u64(), limits.spool.as_u64());
-        let share = Share::new(&config.share, store.clone(), peers.own_id());
+        let share = Share::new(&config.share, store.clone(), peers.own_id(), limits.connections);
         let parts = Parts {
             store: store.clone(),
             signer: Arc::clone(&signer),
@@ -129,8 +129,9 @@ impl Daemon {
         let (stop, stopping) = watch::channel(false);
         let server = tokio::spawn(server.run(listeners, stopping));
         let options = config.discovery.clone();
-        let holdings = holdings(store);
-        let discovery = Discovery::start(peers.clone(), options, &config.http.allow, holdings, gains, state);
+        let local_paths = local_paths(store);
+        let discovery =
+            Discovery::start(peers.clone(), options, &config.http.allow, local_paths, gains, state);
         Ok(Self {
             addresses,
             signer,
@@ -247,8 +248,8 @@ async fn tell_nix_version(peers: Peers, program: PathBuf) {
 }
 
 /// What other hosts are told of the local store.
-fn holdings(store: Store) -> Holdings {
-    Holdings::new(move |hash| {
+fn local_paths(store: Store) -> LocalPaths {
+    LocalPaths::new(move |hash| {
         let store = store.clone();
         async move {
             match store.path(&hash).await {

@@ -64,9 +64,9 @@
 //!
 //! ## Who is not asked
 //! `store::names` counts the paths that come; `resolve::share` tells what is held as a filter, and what came after a number
-//! as a list (`peer::path_set`), at `api/v1/holdings`. `peer::follow` keeps one such question open at each peer that tells, and
-//! `peer::sets` leaves out of a lookup whoever says that it does not have the path. A set is believed only while its peer
-//! answers for it; who tells nothing, or not any more, is asked. What is gone from a store stays in its set until the next
+//! as a list (`peer::path_set`, `peer::path_filter`), at `api/v1/holdings`. `peer::follow` keeps one such question open at each peer that tells, and
+//! `peer::sets` leaves out of a lookup whoever says that it does not have the path. A datagram names the first gain after a while at once,
+//! so that what was built there is not denied here a moment later. A set is believed only while its peer answers for it; who tells nothing, or not any more, is asked. What is gone from a store stays in its set until the next
 //! whole, and costs a question in vain.
 //!
 //! ## Where we differ from what was planned

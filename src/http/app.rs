@@ -151,7 +151,8 @@ impl App {
     }
 
     async fn page(&self, request: Request<Incoming>) -> (Route, Response<Body>) {
-        let is_of_holdings = request.uri().path().ends_with("/api/v1/holdings");
+        let path = request.uri().path();
+        let is_of_holdings = path.strip_prefix("/nix-cache").unwrap_or(path) == "/api/v1/holdings";
         let Ok(answer) = self.pages.clone().oneshot(request).await;
         match answer.status() {
             _ if is_of_holdings => (Route::Holdings, answer),

@@ -11,6 +11,7 @@ use bytes::{Bytes, BytesMut};
 use reqwest::header::{ACCEPT, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode};
 use thiserror::Error;
+use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use super::path_set::MAX_MESSAGE;
@@ -25,6 +26,8 @@ pub const PEER_HEADER: &str = "x-peernix-peer";
 pub const INSTANCE_HEADER: &str = "x-peernix-instance";
 /// The largest narinfo that is taken from a peer, in bytes: one with thousands of references.
 const MAX_NARINFO: usize = 512 * 1024;
+/// Longer answers of what a peer holds are read a few at a time, in bytes.
+const SHORT_HOLDINGS: u64 = 128 * 1024;
 /// Connections to a peer that are kept open for the next request.
 const IDLE_CONNECTIONS: usize = 8;
 /// After how long a datagram is sent once more; the pause doubles.
@@ -185,18 +188,24 @@ impl PeerClient {
         timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
     }
 
-    /// What it holds, or what it gained after the version that is `known`, which it may wait for.
+    /// What it holds, or what it gained after the version that is `known`, which it may wait for. A long answer waits for
+    /// one of the places for `reading`.
     pub(super) async fn holdings(
         &self,
         known: Option<&str>,
         within: Duration,
+        reading: &Semaphore,
     ) -> Result<HoldingsAnswer, FetchError> {
         let asked = async {
             let since = known.map_or(String::new(), |known| format!("?since={known}"));
             let answer = self.send(self.http.get(format!("{}/api/v1/holdings{since}", self.base))).await?;
             match answer.status() {
                 StatusCode::NOT_MODIFIED => Ok(HoldingsAnswer::AsKnown),
-                StatusCode::OK => body(answer, MAX_MESSAGE).await.map(HoldingsAnswer::Told),
+                StatusCode::OK => {
+                    let is_short = answer.content_length().is_some_and(|len| len <= SHORT_HOLDINGS);
+                    let _place = if is_short { None } else { reading.acquire().await.ok() };
+                    body(answer, MAX_MESSAGE).await.map(HoldingsAnswer::Told)
+                }
                 status => Err(FetchError::Status(status.as_u16())),
             }
         };
@@ -272,7 +281,8 @@ fn begins_at(answer: &Response) -> Option<u64> {
 
 /// Reads a whole body of at most `limit` bytes.
 async fn body(mut answer: Response, limit: usize) -> Result<Bytes, FetchError> {
-    let mut bytes = BytesMut::new();
+    let len = answer.content_length().and_then(|len| usize::try_from(len).ok()).unwrap_or_default();
+    let mut bytes = BytesMut::with_capacity(len.min(limit));
     while let Some(chunk) = answer.chunk().await.map_err(to_error)? {
         if bytes.len() + chunk.len() > limit {
             return Err(FetchError::TooLarge(limit as u64));

@@ -17,7 +17,7 @@ use super::mdns::{self, Mdns};
 use super::record::{Peer, Source};
 use super::udp::{self, Sockets};
 use super::wire::{FEATURE_GAINED, MAX_GAINED, Message};
-use super::{Holdings, News, Options, Peers, follow, saved};
+use super::{LocalPaths, News, Options, Peers, follow, saved};
 use crate::nix::StorePathHash;
 
 /// Announcements at start and after a change of interfaces, in quick succession: a lost one is made up for at once.
@@ -28,8 +28,8 @@ const CHECK_TIME: Duration = Duration::from_secs(2);
 /// Health checks at the same time: a file may name a thousand peers.
 const CHECKS: usize = 64;
 const SAVE_PERIOD: Duration = Duration::from_secs(30);
-/// Gained paths are gathered for so long before they are told.
-const GAIN_PAUSE: Duration = Duration::from_millis(200);
+/// The first gain after a while is told at once; after it they are gathered for so long.
+const GAIN_PAUSE: Duration = Duration::from_millis(100);
 /// And told once more after so long: a path may be told of while it is still being registered.
 const GAIN_AGAIN: Duration = Duration::from_millis(1500);
 /// Gains that wait to be told; beyond it the store waits with more.
@@ -60,7 +60,7 @@ impl Discovery {
         peers: Peers,
         options: Options,
         allow: &[IpNet],
-        holdings: Holdings,
+        local_paths: LocalPaths,
         gained: mpsc::Receiver<StorePathHash>,
         state: Option<PathBuf>,
     ) -> Self {
@@ -85,7 +85,7 @@ impl Discovery {
         });
         if let Some(sockets) = &sockets {
             let allow: Arc<[IpNet]> = allow.into();
-            tasks.spawn(udp::receive(peers.clone(), sockets.clone(), holdings, allow));
+            tasks.spawn(udp::receive(peers.clone(), sockets.clone(), local_paths, allow));
             tasks.spawn(announce_for_ever(peers.clone(), options.clone(), sockets.clone()));
             tasks.spawn(tell_gains(peers.clone(), sockets.clone(), gained));
         }
@@ -191,6 +191,7 @@ async fn tell_gains(peers: Peers, sockets: Sockets, mut gained: mpsc::Receiver<S
     // In the order of their times: each pause is the same for all.
     let mut soon: VecDeque<(Instant, StorePathHash)> = VecDeque::new();
     let mut again: VecDeque<(Instant, StorePathHash)> = VecDeque::new();
+    let mut next_turn = Instant::now();
     loop {
         let next = soon.front().into_iter().chain(again.front()).map(|(due, _)| *due).min();
         let due = async {
@@ -202,10 +203,11 @@ async fn tell_gains(peers: Peers, sockets: Sockets, mut gained: mpsc::Receiver<S
         tokio::select! {
             hash = gained.recv(), if soon.len() < MAX_WAITING_GAINS => {
                 let Some(hash) = hash else { return };
-                soon.push_back((Instant::now() + GAIN_PAUSE, hash));
+                soon.push_back((next_turn.max(Instant::now()), hash));
             }
             () = due => {
                 let now = Instant::now();
+                next_turn = now + GAIN_PAUSE;
                 let mut hashes = take_due(&mut soon, now);
                 again.extend(hashes.iter().map(|hash| (now + GAIN_AGAIN, *hash)));
                 hashes.extend(take_due(&mut again, now));

@@ -12,15 +12,15 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use super::client::{HoldingsAnswer, PeerClient};
 use super::path_set::Told;
 use super::record::{Peer, PeerId, Source};
-use super::sets::{Sets, Taken};
+use super::sets::Sets;
 use super::wire::FEATURE_HOLDINGS;
 use super::{News, Peers};
 
 /// How long a peer may leave the question open that waits for its next gain.
 pub const WAIT: Duration = Duration::from_secs(20);
 /// How much longer than that its answer may take.
-const ANSWER_TIME: Duration = Duration::from_secs(5);
-/// Between two questions to one peer: who gains one path after the other tells several at once.
+pub(super) const ANSWER_TIME: Duration = Duration::from_secs(5);
+/// From one question to the next, at least: who gains one path after the other tells several at once.
 const PAUSE: Duration = Duration::from_millis(200);
 /// The first pause after a question in vain, and the longest.
 const FIRST_RETRY: Duration = Duration::from_secs(1);
@@ -33,8 +33,9 @@ const LOOK_PERIOD: Duration = Duration::from_millis(500);
 const MAX_FOLLOWED: usize = 256;
 
 impl Peers {
-    /// The peers that tell what they hold: they announce it, or nobody could and they are peernix too.
-    fn that_tell(&self) -> Vec<PeerId> {
+    /// The peers that tell what they hold: they announce it, or nobody could and they are peernix too. With each, whether it
+    /// ever answered: those that did not may be made up, and leave places for the others.
+    fn that_tell(&self) -> Vec<(PeerId, bool)> {
         let clients = self.clients();
         let is_peernix = |id: &PeerId| clients.get(id).is_some_and(PeerClient::is_peernix);
         let registry = self.registry();
@@ -42,7 +43,7 @@ impl Peers {
             Source::Configured => is_peernix(&peer.id),
             Source::Announced | Source::Mdns | Source::Saved => peer.announce.has_feature(FEATURE_HOLDINGS),
         };
-        registry.iter().filter(told).map(|peer| peer.id.clone()).collect()
+        registry.iter().filter(told).map(|peer| (peer.id.clone(), peer.is_proven())).collect()
     }
 
     fn sets(&self) -> &Sets {
@@ -58,8 +59,9 @@ pub(super) async fn follow_all(peers: Peers) {
     loop {
         tokio::select! {
             _ = ticks.tick() => {
-                for id in peers.that_tell() {
-                    if followed.len() < MAX_FOLLOWED && followed.insert(id.clone()) {
+                for (id, is_proven) in peers.that_tell() {
+                    let places = if is_proven { MAX_FOLLOWED } else { MAX_FOLLOWED / 2 };
+                    if followed.len() < places && followed.insert(id.clone()) {
                         tasks.spawn(follow(peers.clone(), id));
                     }
                 }
@@ -78,6 +80,7 @@ async fn follow(peers: Peers, id: PeerId) -> PeerId {
     let mut retry = FIRST_RETRY;
     let mut renewed = Instant::now();
     while peers.get(&id).is_some() {
+        let asked = Instant::now();
         let known = peers.sets().version(&id).filter(|_| renewed.elapsed() < RENEW);
         let pause = match ask(&peers, &id, known.as_deref()).await {
             Some(is_whole) => {
@@ -85,7 +88,7 @@ async fn follow(peers: Peers, id: PeerId) -> PeerId {
                     renewed = Instant::now();
                 }
                 retry = FIRST_RETRY;
-                PAUSE
+                PAUSE.saturating_sub(asked.elapsed())
             }
             None => {
                 peers.sets().remove(&id);
@@ -105,21 +108,25 @@ async fn ask(peers: &Peers, id: &PeerId, known: Option<&str>) -> Option<bool> {
     let peer = peers.get(id).filter(|peer| !peer.is_paused(Instant::now()))?;
     let client = peers.client(&peer).ok()?;
     let within = if known.is_some() { WAIT + ANSWER_TIME } else { ANSWER_TIME };
-    let answer = client.holdings(known, within).await;
+    let answer = client.holdings(known, within, peers.sets().reading()).await;
     let answer = answer
         .inspect_err(|error| tracing::debug!(peer.id = %id, %error, "a peer does not tell what it holds"));
     let bytes = match answer.ok()? {
-        HoldingsAnswer::AsKnown => return known.map(|_| false),
+        HoldingsAnswer::AsKnown => {
+            peers.sets().heard(id);
+            return known.map(|_| false);
+        }
         HoldingsAnswer::Told(bytes) => bytes,
     };
     peers.metrics().holdings_bytes.inc_by(bytes.len() as u64);
     let told = Told::parse(bytes)?;
     let (is_whole, gains) = (told.filter.is_some(), told.gains.clone());
     let before = peers.sets().version(id);
-    match peers.sets().take(id, told) {
-        Taken::Kept if peers.sets().version(id) == before => return Some(is_whole),
-        Taken::Kept => {}
-        Taken::Unfitting | Taken::Full => return None,
+    if !peers.sets().take(id, told) {
+        return None;
+    }
+    if peers.sets().version(id) == before {
+        return Some(is_whole);
     }
     // After the set: a miss that is noted from now on was asked of the new one.
     match peer.address {

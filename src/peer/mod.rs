@@ -9,12 +9,13 @@ mod discovery;
 mod flushes;
 mod follow;
 mod greetings;
-mod holdings;
 mod interfaces;
 mod listening;
+mod local_paths;
 mod mdns;
 mod news;
 mod options;
+mod path_filter;
 mod path_set;
 mod record;
 mod registry;
@@ -37,11 +38,12 @@ pub use blame::{Failure, Standing};
 pub use client::{Arriving, Blame, FetchError, INSTANCE_HEADER, PEER_HEADER, PeerClient};
 pub use discovery::Discovery;
 pub use follow::WAIT as HOLDINGS_WAIT;
-pub use holdings::Holdings;
 pub use listening::Listening;
+pub use local_paths::LocalPaths;
 pub use news::News;
 pub use options::{ConfiguredPeer, Options};
-pub use path_set::{MAX_GAINS, PathFilter, Told, known_number};
+pub use path_filter::PathFilter;
+pub use path_set::{MAX_GAINS, Told, known_number};
 pub use record::{Asking, Peer, PeerId, Source};
 pub use registry::{Answered, Registry, Sighting};
 pub use tls::http_client;
@@ -178,6 +180,23 @@ impl Peers {
         });
         self.0.metrics.not_asked.inc_by(denying);
         (candidates, registry.leaves_out_somebody(now))
+    }
+
+    /// Whether nobody need be asked for the path: all say that they do not have it, and nobody is left out.
+    #[must_use]
+    pub fn all_deny(&self, hash: &StorePathHash) -> bool {
+        let (registry, now) = (self.registry(), Instant::now());
+        let mut asked = registry.iter().filter(|peer| peer.may_be_asked(now));
+        let Some(denying) =
+            asked.try_fold(0, |count, peer| self.0.sets.denies(&peer.id, hash).then_some(count + 1))
+        else {
+            return false;
+        };
+        let all_deny = !registry.leaves_out_somebody(now);
+        if all_deny {
+            self.0.metrics.not_asked.inc_by(denying);
+        }
+        all_deny
     }
 
     /// The way to a peer.

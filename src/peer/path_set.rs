@@ -1,17 +1,17 @@
 //! What a host holds, as it tells others: a filter of all its paths, and the paths that it gained since.
 //!
-//! Pure. A filter says "maybe" or "no", and its "no" holds for every path that it was made from. What comes from the network
-//! is checked here once: no bytes can make a lookup fail, and a host that tells of less than it has is only asked less.
+//! Pure. What comes from the network is checked here once: no bytes can make a lookup fail, and a host that tells of less
+//! than it has is only asked less.
 //!
 //! A message is `peernix-holdings-1\n`, the id of the run that tells it (8 bytes), the number of its last gain (8), how
-//! many gains follow (4), those (20 each), and then either nothing more, or a binary fuse filter: its descriptor (20) and
+//! many gains follow (4; 4,096 at most), those (20 each), and then either nothing more, or a binary fuse filter: its descriptor (20) and
 //! its fingerprints, one byte each. Numbers are little-endian. With a filter it is the whole, without one a difference.
 
 use std::collections::HashSet;
 
 use bytes::{Buf as _, Bytes};
-use xorf::{BinaryFuse8, BinaryFuse8Ref, DmaSerializable as _, Filter as _, FilterRef as _};
 
+use super::path_filter::PathFilter;
 use crate::nix::StorePathHash;
 
 /// The longest message that is read or told, in bytes. A filter takes half of it: two million paths.
@@ -20,70 +20,6 @@ pub(super) const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 pub const MAX_GAINS: usize = 4096;
 
 const MAGIC: &[u8] = b"peernix-holdings-1\n";
-const DESCRIPTOR: usize = BinaryFuse8::DESCRIPTOR_LEN;
-
-/// A filter of paths: about 9.3 bits for each, and one "maybe" in 256 for paths that are not in it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PathFilter {
-    descriptor: [u8; DESCRIPTOR],
-    fingerprints: Bytes,
-}
-
-impl PathFilter {
-    /// Of these paths. `None`: there is none for them, or it would be too long to be told.
-    #[must_use]
-    pub fn new(hashes: &[StorePathHash]) -> Option<Self> {
-        let mut keys: Vec<u64> = hashes.iter().map(key).collect();
-        keys.sort_unstable();
-        // Twice the same key makes a filter impossible.
-        keys.dedup();
-        if keys.len() > MAX_MESSAGE / 2 {
-            return None;
-        }
-        let made = BinaryFuse8::try_from(&keys).ok()?;
-        let mut descriptor = [0; DESCRIPTOR];
-        made.dma_copy_descriptor_to(&mut descriptor);
-        let filter = Self { descriptor, fingerprints: Bytes::from(Vec::from(made.fingerprints)) };
-        // A path that its own filter denies would never be found: better none at all.
-        (filter.is_sound() && hashes.iter().all(|hash| filter.may_contain(hash))).then_some(filter)
-    }
-
-    /// Whether the path may be one of them.
-    #[must_use]
-    pub fn may_contain(&self, hash: &StorePathHash) -> bool {
-        BinaryFuse8Ref::from_dma(&self.descriptor, &self.fingerprints).contains(&key(hash))
-    }
-
-    fn parse(mut bytes: Bytes) -> Option<Self> {
-        let descriptor = bytes.get(..DESCRIPTOR)?.try_into().ok()?;
-        bytes.advance(DESCRIPTOR);
-        let filter = Self { descriptor, fingerprints: bytes };
-        filter.is_sound().then_some(filter)
-    }
-
-    /// Whether every place that the crate looks at for any path is there: it does not check that itself.
-    fn is_sound(&self) -> bool {
-        let mut rest = self.descriptor.get(8..).unwrap_or_default();
-        let Ok(segment) = rest.try_get_u32_le() else { return false };
-        let Ok(mask) = rest.try_get_u32_le() else { return false };
-        let Ok(begins) = rest.try_get_u32_le() else { return false };
-        // Three segments one behind the other, the first of them beginning before `begins`.
-        segment.is_power_of_two()
-            && mask == segment - 1
-            && begins >= segment
-            && begins.is_multiple_of(segment)
-            && u64::from(begins) + 2 * u64::from(segment) == self.fingerprints.len() as u64
-    }
-
-    fn weight(&self) -> usize {
-        DESCRIPTOR + self.fingerprints.len()
-    }
-}
-
-/// The first bits of what is a hash already.
-fn key(hash: &StorePathHash) -> u64 {
-    hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
-}
 
 /// What one host tells another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -114,8 +50,8 @@ impl Told {
         bytes.extend_from_slice(&u32::try_from(self.gains.len()).ok()?.to_le_bytes());
         self.gains.iter().for_each(|hash| bytes.extend_from_slice(hash.as_bytes()));
         if let Some(filter) = &self.filter {
-            bytes.extend_from_slice(&filter.descriptor);
-            bytes.extend_from_slice(&filter.fingerprints);
+            bytes.extend_from_slice(filter.descriptor());
+            bytes.extend_from_slice(filter.fingerprints());
         }
         Some(bytes.into())
     }
@@ -129,12 +65,12 @@ impl Told {
         bytes.advance(MAGIC.len());
         let instance = bytes.try_get_u64_le().ok()?;
         let number = bytes.try_get_u64_le().ok()?;
-        let count = usize::try_from(bytes.try_get_u32_le().ok()?).ok()?;
-        let len = count.checked_mul(StorePathHash::BYTES).filter(|len| *len <= bytes.len())?;
+        let count = usize::try_from(bytes.try_get_u32_le().ok()?).ok().filter(|count| *count <= MAX_GAINS)?;
+        let len = Some(count * StorePathHash::BYTES).filter(|len| *len <= bytes.len())?;
         let (gains, _) = bytes.as_chunks();
         let gains = gains.iter().take(count).copied().map(StorePathHash::from_bytes).collect();
         bytes.advance(len);
-        let filter = if bytes.is_empty() { None } else { Some(PathFilter::parse(bytes)?) };
+        let filter = if bytes.is_empty() { None } else { Some(PathFilter::parse(&bytes)?) };
         Some(Self { instance, number, gains, filter })
     }
 }
@@ -149,11 +85,10 @@ pub(super) struct PathSet {
 }
 
 impl PathSet {
-    /// From the whole. `None`: it was a difference, or too much of one.
+    /// From the whole. `None`: it was a difference.
     pub(super) fn new(told: Told) -> Option<Self> {
         let Told { instance, number, gains, filter } = told;
-        let gains: HashSet<StorePathHash> = gains.into_iter().collect();
-        (gains.len() <= MAX_GAINS).then_some(Self { instance, number, filter: filter?, gains })
+        Some(Self { instance, number, filter: filter?, gains: gains.into_iter().collect() })
     }
 
     /// Takes in a difference to what is known. False: it is none to this, and the whole is needed.
@@ -188,7 +123,7 @@ impl PathSet {
 
     /// The memory that it takes, in bytes.
     pub(super) fn weight(&self) -> usize {
-        self.filter.weight() + MAX_GAINS.min(self.gains.capacity()) * 2 * StorePathHash::BYTES
+        self.filter.weight() + self.gains.capacity() * (StorePathHash::BYTES + 1)
     }
 }
 
@@ -207,28 +142,9 @@ pub fn known_number(text: &str, instance: u64) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::path_filter::tests::hashes;
     use super::*;
     use proptest::prelude::*;
-
-    fn hashes(from: u32, to: u32) -> Vec<StorePathHash> {
-        use sha2::{Digest as _, Sha256};
-        let hash = |number: u32| {
-            let digest = Sha256::digest(number.to_le_bytes());
-            StorePathHash::from_bytes(*digest.first_chunk().unwrap())
-        };
-        (from..to).map(hash).collect()
-    }
-
-    #[test]
-    fn a_filter_is_small_and_seldom_wrong() {
-        let (here, elsewhere) = (hashes(0, 100_000), hashes(100_000, 200_000));
-        let filter = PathFilter::new(&here).unwrap();
-        assert!(here.iter().all(|hash| filter.may_contain(hash)));
-        let wrong = elsewhere.iter().filter(|hash| filter.may_contain(hash)).count();
-        assert!(wrong < 500, "{wrong}");
-        let bits = filter.weight() as f64 * 8.0 / here.len() as f64;
-        assert!(bits < 10.0, "{bits}");
-    }
 
     #[test]
     fn a_difference_is_taken_in_only_where_it_belongs() {
@@ -249,7 +165,9 @@ mod tests {
         assert!(PathSet::new(difference(7, 10, &[])).is_none());
         // More than is kept is never taken for complete.
         let many = hashes(0, MAX_GAINS as u32 + 1);
-        assert!(!set.add(&difference(7, 12 + many.len() as u64, &many)));
+        let too_many = difference(7, 12 + many.len() as u64, &many);
+        assert!(!set.add(&too_many));
+        assert_eq!(Told::parse(too_many.to_bytes().unwrap()), None);
     }
 
     #[test]
@@ -279,26 +197,6 @@ mod tests {
                 bytes.splice(0..0, MAGIC.iter().copied());
             }
             let _ = Told::parse(bytes.into());
-        }
-
-        #[test]
-        fn a_filter_of_a_stranger_can_not_be_looked_up_beyond_its_end(
-            seed: u64, segment_bits in 0u32..12, mask in prop::option::of(any::<u32>()), begins in 0u32..20_000,
-            is_multiple: bool, len in prop::option::of(0usize..20_000),
-        ) {
-            let segment = 1u32 << segment_bits;
-            let begins = if is_multiple { begins / segment * segment } else { begins };
-            let fitting = (begins + 2 * segment) as usize;
-            let mut bytes = seed.to_le_bytes().to_vec();
-            for part in [segment, mask.unwrap_or(segment - 1), begins] {
-                bytes.extend_from_slice(&part.to_le_bytes());
-            }
-            bytes.resize(DESCRIPTOR + len.unwrap_or(fitting), 0x5a);
-            if let Some(filter) = PathFilter::parse(bytes.into()) {
-                for hash in hashes(0, 200) {
-                    let _ = filter.may_contain(&hash);
-                }
-            }
         }
 
         #[test]

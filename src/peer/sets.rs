@@ -4,7 +4,12 @@
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::Duration;
 
+use rustix::time::{ClockId, clock_gettime};
+use tokio::sync::Semaphore;
+
+use super::follow::{ANSWER_TIME, WAIT};
 use super::path_set::{PathSet, Told};
 use super::record::PeerId;
 use crate::metrics::PeerMetrics;
@@ -12,61 +17,87 @@ use crate::nix::StorePathHash;
 
 /// Memory for all sets, in bytes: who does not fit in is asked.
 const MAX_BYTES: usize = 64 * 1024 * 1024;
-
-/// What became of what a peer told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Taken {
-    /// It is known now.
-    Kept,
-    /// It does not follow what was known: the whole is needed.
-    Unfitting,
-    /// There is no room for it.
-    Full,
-}
+/// Sets that are read whole at the same time.
+const READING: usize = 4;
+/// A little more than any answer may take. An older set is one from before this host slept: its peer is asked.
+const BELIEVED: Duration = WAIT.saturating_add(ANSWER_TIME).saturating_add(Duration::from_secs(1));
 
 /// The sets.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Sets {
-    sets: RwLock<HashMap<PeerId, PathSet>>,
+    sets: RwLock<HashMap<PeerId, Kept>>,
+    reading: Semaphore,
     metrics: PeerMetrics,
+}
+
+#[derive(Debug)]
+struct Kept {
+    set: PathSet,
+    /// When its peer last answered for it, by [`now`].
+    heard: Duration,
+}
+
+/// A clock that does not stand still while the host sleeps.
+fn now() -> Duration {
+    clock_gettime(ClockId::Boottime).try_into().unwrap_or_default()
 }
 
 impl Sets {
     pub(super) fn new(metrics: PeerMetrics) -> Self {
-        Self { sets: RwLock::default(), metrics }
+        Self { sets: RwLock::default(), reading: Semaphore::new(READING), metrics }
     }
 
     /// Whether the peer says that it does not have the path.
     pub(super) fn denies(&self, id: &PeerId, hash: &StorePathHash) -> bool {
-        self.read().get(id).is_some_and(|set| !set.may_contain(hash))
+        self.denies_at(id, hash, now())
+    }
+
+    fn denies_at(&self, id: &PeerId, hash: &StorePathHash, now: Duration) -> bool {
+        let is_fresh = |kept: &&Kept| now.saturating_sub(kept.heard) < BELIEVED;
+        self.read().get(id).filter(is_fresh).is_some_and(|kept| !kept.set.may_contain(hash))
+    }
+
+    /// Places for those that read a long answer.
+    pub(super) fn reading(&self) -> &Semaphore {
+        &self.reading
     }
 
     /// What is known of a peer, in its own words.
     pub(super) fn version(&self, id: &PeerId) -> Option<String> {
-        self.read().get(id).map(PathSet::version)
+        self.read().get(id).map(|kept| kept.set.version())
     }
 
-    /// The peer told.
-    pub(super) fn take(&self, id: &PeerId, told: Told) -> Taken {
+    /// The peer has nothing more to tell.
+    pub(super) fn heard(&self, id: &PeerId) {
+        if let Some(kept) = self.write().get_mut(id) {
+            kept.heard = now();
+        }
+    }
+
+    /// The peer told. False: it does not follow what was known, or there is no room for it.
+    pub(super) fn take(&self, id: &PeerId, told: Told) -> bool {
         let mut sets = self.write();
         if told.filter.is_none() {
-            let fits = sets.get_mut(id).is_some_and(|set| set.add(&told));
-            return if fits { Taken::Kept } else { Taken::Unfitting };
+            let known = sets.get_mut(id);
+            return known.is_some_and(|kept| {
+                kept.heard = now();
+                kept.set.add(&told)
+            });
         }
-        let Some(set) = PathSet::new(told) else { return Taken::Unfitting };
+        let Some(set) = PathSet::new(told) else { return false };
         sets.remove(id);
-        let bytes = sets.values().map(PathSet::weight).sum::<usize>() + set.weight();
+        let bytes = sets.values().map(|kept| kept.set.weight()).sum::<usize>() + set.weight();
         if bytes <= MAX_BYTES {
-            sets.insert(id.clone(), set);
+            sets.insert(id.clone(), Kept { set, heard: now() });
         }
         self.count(&sets);
-        if bytes <= MAX_BYTES { Taken::Kept } else { Taken::Full }
+        bytes <= MAX_BYTES
     }
 
     /// The peer is said to have these.
     pub(super) fn hint(&self, id: &PeerId, hashes: &[StorePathHash]) {
-        if let Some(set) = self.write().get_mut(id) {
-            set.hint(hashes);
+        if let Some(kept) = self.write().get_mut(id) {
+            kept.set.hint(hashes);
         }
     }
 
@@ -77,22 +108,22 @@ impl Sets {
         self.count(&sets);
     }
 
-    fn count(&self, sets: &HashMap<PeerId, PathSet>) {
+    fn count(&self, sets: &HashMap<PeerId, Kept>) {
         self.metrics.holdings_known.set(i64::try_from(sets.len()).unwrap_or(i64::MAX));
     }
 
-    fn read(&self) -> RwLockReadGuard<'_, HashMap<PeerId, PathSet>> {
+    fn read(&self) -> RwLockReadGuard<'_, HashMap<PeerId, Kept>> {
         self.sets.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write(&self) -> RwLockWriteGuard<'_, HashMap<PeerId, PathSet>> {
+    fn write(&self) -> RwLockWriteGuard<'_, HashMap<PeerId, Kept>> {
         self.sets.write().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::path_set::PathFilter;
+    use super::super::path_filter::PathFilter;
     use super::*;
 
     fn hash(number: u8) -> StorePathHash {
@@ -105,23 +136,25 @@ mod tests {
 
     #[test]
     fn who_has_no_set_is_asked_and_who_told_of_a_path_too() {
-        let (sets, id) = (Sets::default(), PeerId::instance("a"));
+        let (sets, id) = (Sets::new(PeerMetrics::default()), PeerId::instance("a"));
         assert!(!sets.denies(&id, &hash(1)));
-        assert_eq!(sets.take(&id, told(1, &[hash(1)], None)), Taken::Unfitting);
-        assert_eq!(sets.take(&id, told(1, &[], PathFilter::new(&[hash(1)]))), Taken::Kept);
+        assert!(!sets.take(&id, told(1, &[hash(1)], None)));
+        assert!(sets.take(&id, told(1, &[], PathFilter::new(&[hash(1)]))));
         let denied: Vec<u8> = (2..40).filter(|number| sets.denies(&id, &hash(*number))).collect();
         assert!(!sets.denies(&id, &hash(1)) && denied.len() > 30);
         sets.hint(&id, &[hash(denied[0])]);
-        assert_eq!(sets.take(&id, told(2, &[hash(denied[1])], None)), Taken::Kept);
+        assert!(sets.take(&id, told(2, &[hash(denied[1])], None)));
         assert!(denied[..2].iter().all(|number| !sets.denies(&id, &hash(*number))));
         assert!(sets.denies(&id, &hash(denied[2])));
+        // The host slept, and the peer did not answer since.
+        assert!(!sets.denies_at(&id, &hash(denied[2]), now() + BELIEVED));
         sets.remove(&id);
         assert!(!sets.denies(&id, &hash(denied[2])));
     }
 
     #[test]
     fn all_sets_together_are_bounded() {
-        let sets = Sets::default();
+        let sets = Sets::new(PeerMetrics::default());
         let many: Vec<StorePathHash> = (0..1_000_000_u32)
             .map(|number| {
                 let mut bytes = [0; 20];
@@ -130,12 +163,12 @@ mod tests {
             })
             .collect();
         let filter = PathFilter::new(&many);
-        let outcomes: Vec<Taken> = (0..100)
+        let outcomes: Vec<bool> = (0..100)
             .map(|number| sets.take(&PeerId::instance(&number.to_string()), told(0, &[], filter.clone())))
             .collect();
-        let kept = outcomes.iter().take_while(|taken| **taken == Taken::Kept).count();
+        let kept = outcomes.iter().take_while(|taken| **taken).count();
         assert!((50..64).contains(&kept), "{kept}");
-        assert!(outcomes[kept..].iter().all(|taken| *taken == Taken::Full));
+        assert!(outcomes[kept..].iter().all(|taken| !taken));
         assert!(!sets.denies(&PeerId::instance("99"), &hash(9)));
     }
 }

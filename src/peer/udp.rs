@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::record::{PeerId, Source};
 use super::registry::Sighting;
 use super::wire::{Announce, MAX_DATAGRAM, Message};
-use super::{Holdings, Peers};
+use super::{LocalPaths, Peers};
 
 /// Questions that are being answered at the same time; more are dropped, and the asker asks again.
 const ANSWERING: usize = 64;
@@ -87,13 +87,13 @@ fn bind(address: SocketAddr) -> std::io::Result<UdpSocket> {
 }
 
 /// Receives until dropped.
-pub(super) async fn receive(peers: Peers, sockets: Sockets, holdings: Holdings, allow: Arc<[IpNet]>) {
+pub(super) async fn receive(peers: Peers, sockets: Sockets, local_paths: LocalPaths, allow: Arc<[IpNet]>) {
     let answering = Arc::new(Semaphore::new(ANSWERING));
     let receivers = sockets.all().map(|socket| {
         let reception = Reception {
             peers: peers.clone(),
             sockets: sockets.clone(),
-            holdings: holdings.clone(),
+            local_paths: local_paths.clone(),
             answering: Arc::clone(&answering),
             allow: Arc::clone(&allow),
         };
@@ -105,7 +105,7 @@ pub(super) async fn receive(peers: Peers, sockets: Sockets, holdings: Holdings, 
 struct Reception {
     peers: Peers,
     sockets: Sockets,
-    holdings: Holdings,
+    local_paths: LocalPaths,
     answering: Arc<Semaphore>,
     allow: Arc<[IpNet]>,
 }
@@ -167,10 +167,10 @@ impl Reception {
 
     fn answer(&self, to: SocketAddr, hash: crate::nix::StorePathHash, wanted: Option<crate::nix::NarHash>) {
         let Ok(permit) = Arc::clone(&self.answering).try_acquire_owned() else { return };
-        let (holdings, sockets) = (self.holdings.clone(), self.sockets.clone());
+        let (local_paths, sockets) = (self.local_paths.clone(), self.sockets.clone());
         tokio::spawn(async move {
             // Silence is the right answer of a host that does not know.
-            if let Ok(Some(held)) = timeout(ANSWER_TIME, holdings.nar_hash(hash)).await {
+            if let Ok(Some(held)) = timeout(ANSWER_TIME, local_paths.nar_hash(hash)).await {
                 let answer = match (held, wanted) {
                     (None, _) => Message::NotFound,
                     (Some(held), Some(wanted)) if held != wanted => Message::NarHashMismatch,

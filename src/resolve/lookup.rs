@@ -166,12 +166,11 @@ impl Lookup {
             metrics.outcome("remembered_miss", 0.0);
             return true;
         }
-        let (candidates, somebody_is_left_out) = peers.candidates(hash);
-        let nobody_to_ask = candidates.is_empty() && !somebody_is_left_out;
-        if nobody_to_ask {
+        let is_missing = peers.all_deny(hash);
+        if is_missing {
             metrics.outcome("missing", 0.0);
         }
-        nobody_to_ask
+        is_missing
     }
 
     /// The peer that is remembered proved wrong.

@@ -20,9 +20,9 @@ const FILTER_AGE: Duration = Duration::from_secs(60);
 /// And no more often than this.
 const FILTER_PAUSE: Duration = Duration::from_secs(2);
 /// Gains are gathered for so long before they are told.
-const GATHER: Duration = Duration::from_millis(100);
-/// Peers that wait for gains at the same time; more ask for every path.
-const WAITING: usize = 512;
+const GATHER: Duration = Duration::from_millis(20);
+/// Peers that wait for gains at the same time, at most; more ask for every path.
+const MAX_WAITING: usize = 512;
 
 /// `[share]`
 #[derive(Clone, Debug, Deserialize)]
@@ -57,9 +57,17 @@ struct Inner {
     is_on: bool,
     /// Which run this is: numbers of an earlier one mean nothing.
     instance: u64,
-    filter: Mutex<Option<Made>>,
+    filter: Mutex<Latest>,
     waiting: Semaphore,
     closed: watch::Sender<bool>,
+}
+
+/// The filter that was made last.
+#[derive(Debug, Default)]
+struct Latest {
+    made: Option<Made>,
+    /// When none could be made: the next one would not do better at once.
+    failed: Option<Instant>,
 }
 
 /// A filter, and what was told before it.
@@ -71,16 +79,17 @@ struct Made {
 }
 
 impl Share {
-    /// Of this store, by the run of the daemon with this id.
+    /// Of this store, by the run of the daemon with this id. Peers that wait keep a connection each: half of all
+    /// `connections` may.
     #[must_use]
-    pub fn new(options: &ShareOptions, store: Store, own_id: &str) -> Self {
+    pub fn new(options: &ShareOptions, store: Store, own_id: &str, connections: usize) -> Self {
         let instance = u64::from_str_radix(own_id, 16);
         Self(Arc::new(Inner {
             store,
             is_on: options.holdings && instance.is_ok(),
             instance: instance.unwrap_or_default(),
             filter: Mutex::default(),
-            waiting: Semaphore::new(WAITING),
+            waiting: Semaphore::new(MAX_WAITING.min(connections / 2)),
             closed: watch::Sender::default(),
         }))
     }
@@ -131,22 +140,32 @@ impl Share {
     }
 
     async fn whole(&self) -> Option<Holdings> {
-        let mut made = self.0.filter.lock().await;
-        let is_due = |made: &Made| {
-            let misses_many =
-                self.0.store.gained_since(made.number).is_none_or(|(gains, _)| gains.len() > MAX_GAINS / 2);
-            made.at.elapsed() > FILTER_AGE || (misses_many && made.at.elapsed() > FILTER_PAUSE)
-        };
-        if made.as_ref().is_none_or(is_due) {
-            *made = Some(self.make().await?);
-        }
-        let Made { filter, number, .. } = made.clone()?;
-        drop(made);
+        // A task of its own: an asker that gives up while the filter is made finds it there the next time.
+        let share = self.clone();
+        let Made { filter, number, .. } = tokio::spawn(async move { share.latest().await }).await.ok()??;
         let (gains, latest) = self.0.store.gained_since(number)?;
         if gains.len() > MAX_GAINS {
             return None;
         }
         self.told(latest, gains, Some(filter))
+    }
+
+    /// The latest filter, made anew if it is due.
+    async fn latest(&self) -> Option<Made> {
+        let mut latest = self.0.filter.lock().await;
+        if latest.failed.is_some_and(|at| at.elapsed() < FILTER_AGE) {
+            return None;
+        }
+        let is_due = |made: &Made| {
+            let misses_many =
+                self.0.store.gained_since(made.number).is_none_or(|(gains, _)| gains.len() > MAX_GAINS / 2);
+            made.at.elapsed() > FILTER_AGE || (misses_many && made.at.elapsed() > FILTER_PAUSE)
+        };
+        if latest.made.as_ref().is_none_or(is_due) {
+            latest.made = self.make().await;
+            latest.failed = latest.made.is_none().then(Instant::now);
+        }
+        latest.made.clone()
     }
 
     async fn make(&self) -> Option<Made> {

@@ -13,7 +13,10 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
+use tokio::time::{sleep, timeout};
 
 use super::gains::Gains;
 use crate::metrics::StoreMetrics;
@@ -21,11 +24,12 @@ use crate::nix::{StorePath, StorePathHash};
 
 /// Without a watch, a scan is not older than this before it is made again.
 const SCAN_PAUSE: Duration = Duration::from_secs(1);
-/// How often events are taken in when nobody asks: the kernel keeps 16,384 of them, and other hosts hear of a gain no
-/// sooner.
+/// The first event after a while is taken in at once; after it they are gathered for so long.
+const GATHER: Duration = Duration::from_millis(10);
+/// How often it is looked for events without a watch.
 const FOLLOW_PERIOD: Duration = Duration::from_millis(250);
-/// After how many of these the directory's own time is looked at.
-const LOOK_AFTER: u64 = 240;
+/// How often the directory's own time is looked at: some file systems change without events.
+const LOOK_PERIOD: Duration = Duration::from_secs(60);
 
 /// The names in the store directory.
 #[derive(Debug)]
@@ -47,7 +51,7 @@ pub(super) struct Names {
 
 #[derive(Debug, Default)]
 struct Watch {
-    inotify: Option<OwnedFd>,
+    inotify: Option<Arc<OwnedFd>>,
     /// The directory has to be read whole: never was, or events were lost.
     stale: bool,
     scanned: Option<(Instant, Option<SystemTime>)>,
@@ -111,15 +115,33 @@ impl Names {
         self.latest.subscribe()
     }
 
-    /// Takes in events often, so that few are lost while nobody asks. Ends when dropped.
+    /// Takes in events as they come, so that none are lost while nobody asks. Ends when dropped.
     pub(super) async fn follow(self: Arc<Self>) {
-        let mut ticks = tokio::time::interval(FOLLOW_PERIOD);
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        for tick in 0u64.. {
-            ticks.tick().await;
-            // Once a minute the directory's own time too: some file systems change without events.
-            if self.take_in_events() || (tick % LOOK_AFTER == LOOK_AFTER - 1 && self.changed_unseen()) {
+        let mut looked = Instant::now();
+        let mut watched: Option<AsyncFd<Arc<OwnedFd>>> = None;
+        loop {
+            let is_due = looked.elapsed() >= LOOK_PERIOD;
+            if is_due {
+                looked = Instant::now();
+            }
+            if self.take_in_events() || (is_due && self.changed_unseen()) {
                 self.scan().await;
+            }
+            let inotify = self.watch().inotify.clone();
+            let same = |watched: &AsyncFd<Arc<OwnedFd>>| {
+                inotify.as_ref().is_some_and(|inotify| Arc::ptr_eq(inotify, watched.get_ref()))
+            };
+            if !watched.as_ref().is_some_and(same) {
+                watched = inotify.and_then(wakes);
+            }
+            let Some(watched) = &watched else {
+                sleep(FOLLOW_PERIOD).await;
+                continue;
+            };
+            sleep(GATHER).await;
+            if let Ok(Ok(mut events)) = timeout(LOOK_PERIOD, watched.readable()).await {
+                // Before they are taken in: what comes after that wakes it once more.
+                events.clear_ready();
             }
         }
     }
@@ -249,7 +271,12 @@ impl Names {
         *names = fresh;
         drop(names);
         self.latest.send_replace(self.gains().number());
-        *watch = Watch { inotify, stale: false, scanned: Some((Instant::now(), modified)), failed: None };
+        *watch = Watch {
+            inotify: inotify.map(Arc::new),
+            stale: false,
+            scanned: Some((Instant::now(), modified)),
+            failed: None,
+        };
     }
 
     /// Whether the directory changed and no event said so.
@@ -270,6 +297,12 @@ struct Events {
     any: bool,
     /// Whether some were lost, or the directory itself went away.
     lost: bool,
+}
+
+/// Wakes who waits for events.
+#[expect(deprecated, reason = "an owned descriptor stays what it is; what is to be used instead is unsafe")]
+fn wakes(inotify: Arc<OwnedFd>) -> Option<AsyncFd<Arc<OwnedFd>>> {
+    AsyncFd::with_interest(inotify, Interest::READABLE).ok()
 }
 
 fn waiting_events(inotify: &OwnedFd) -> Events {

@@ -8,12 +8,12 @@ use crate::nix::{NarHash, StorePathHash};
 
 /// What the answer to a question of another host is found by: a function, so that this layer needs no store.
 #[derive(Clone)]
-pub struct Holdings(Arc<HoldingsFn>);
+pub struct LocalPaths(Arc<FindFn>);
 
-type HoldingsFn =
+type FindFn =
     dyn Fn(StorePathHash) -> Pin<Box<dyn Future<Output = Option<Option<NarHash>>> + Send>> + Send + Sync;
 
-impl Holdings {
+impl LocalPaths {
     /// `find` gives the NarHash of a path that is held, `Some(None)` for one that is not, and `None` if it can't tell.
     pub fn new<F, R>(find: F) -> Self
     where
@@ -28,8 +28,8 @@ impl Holdings {
     }
 }
 
-impl std::fmt::Debug for Holdings {
+impl std::fmt::Debug for LocalPaths {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Holdings")
+        f.write_str("LocalPaths")
     }
 }
