@@ -82,7 +82,7 @@ impl Collected {
     fn collectors(&self) -> Vec<Vec<&str>> {
         let delete = vec!["nix-store", "--delete", &self.path];
         let mut all = vec![vec!["nix-collect-garbage"], delete.clone()];
-        // nix-daemon lets nobody but root ignore who needs a path.
+        // nix-daemon lets nobody ignore it: see below.
         if self.who == As::Root {
             all.push([delete, vec!["--ignore-liveness"]].concat());
         }
@@ -158,6 +158,20 @@ fn what_is_leased_outlives_every_collection_by_root() {
 #[test]
 fn what_is_leased_outlives_every_collection_through_nix_daemon() {
     outlives_all(As::Nobody);
+}
+
+#[test]
+fn nix_daemon_lets_nobody_ignore_who_needs_a_path() {
+    let collected = Collected::new(As::Nobody, LARGE, "");
+    let served = collected.narinfo();
+    let as_root = collected.host.command("nix-store");
+    for mut delete in [as_root, collected.nix(&["nix-store"])] {
+        delete.env("NIX_REMOTE", "daemon").args(["--delete", "--ignore-liveness", &collected.path]);
+        let refused = run(&mut delete);
+        let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(!refused.status.success() && said.contains("not allowed to ignore liveness"), "{said}");
+        assert!(served.is_kept_by(&collected.ask(&served.url).bytes()));
+    }
 }
 
 #[test]
