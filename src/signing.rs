@@ -2,7 +2,7 @@
 //!
 //! Secrets stay in here. Knows nothing of stores or HTTP.
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
@@ -70,7 +70,7 @@ pub enum SigningError {
         path: PathBuf,
     },
     /// The file can't be written.
-    #[error("the key file {path} can't be written: {source}")]
+    #[error("the key file {path} can't be written: {source}{}", advice(source))]
     Write {
         /// Which.
         path: PathBuf,
@@ -80,6 +80,16 @@ pub enum SigningError {
     /// The system has no randomness to give.
     #[error("the system gives no random bytes: {0}")]
     Random(String),
+}
+
+/// What to do about a file that can't be written, where it is known.
+fn advice(error: &std::io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::AlreadyExists => "; no key is overwritten: name another file, or move this one away",
+        ErrorKind::NotFound => "; make its folder first",
+        ErrorKind::PermissionDenied => "; name a folder that you may write to, or use sudo",
+        _ => "",
+    }
 }
 
 /// Signs store paths with each of our keys.
@@ -154,7 +164,10 @@ pub fn generate(name: Option<&str>) -> Result<SecretKey, SigningError> {
 pub fn write_new(path: &Path, key: &SecretKey) -> Result<(), SigningError> {
     let failed = |source| SigningError::Write { path: path.to_owned(), source };
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let mut beside = tempfile::NamedTempFile::new_in(folder).map_err(failed)?;
+    std::fs::metadata(folder).map_err(failed)?;
+    // Its own error names the file beside, which says nothing to whoever named this one.
+    let beside = tempfile::NamedTempFile::new_in(folder);
+    let mut beside = beside.map_err(|error| failed(std::io::Error::from(error.kind())))?;
     // Nix writes no line end behind a key.
     beside.write_all(key.to_file_text().as_bytes()).map_err(failed)?;
     beside.as_file().sync_all().map_err(failed)?;
@@ -238,6 +251,15 @@ mod tests {
         write_new(&path, &SecretKey::from_seed("same", [1; 32]).unwrap()).unwrap();
         let error = Signer::read(&options(&[&path, &path])).unwrap_err();
         assert!(matches!(error, SigningError::SameName { .. }), "{error}");
-        assert!(write_new(&path, &SecretKey::from_seed("same", [1; 32]).unwrap()).is_err());
+        let key = SecretKey::from_seed("same", [1; 32]).unwrap();
+        let error = write_new(&path, &key).unwrap_err().to_string();
+        assert!(error.contains("no key is overwritten"), "{error}");
+        let error = write_new(&folder.path().join("nowhere/key"), &key).unwrap_err().to_string();
+        assert!(
+            error.ends_with(
+                "/nowhere/key can't be written: No such file or directory (os error 2); make its folder first"
+            ),
+            "{error}"
+        );
     }
 }
