@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use thiserror::Error;
+use toml::de::{DeTable, DeValue};
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
@@ -15,7 +16,10 @@ use crate::{cache, http, peer, resolve, signing, store, trust};
 /// Where the configuration lies if nobody says otherwise and the file exists.
 pub const DEFAULT_FILE: &str = "/etc/peernix/peernix.toml";
 /// What an address to listen on looks like, for those that are none.
-pub const ADDRESS_FORM: &str = "an address reads \"192.168.1.10:9999\" or \"[::]:9999\"";
+pub const LISTEN_FORM: &str =
+    "an address reads \"192.168.1.10:9999\"; \"[::]:9999\" is all that this host has";
+/// What another host's address looks like.
+const ADDRESS_FORM: &str = "an address reads \"192.168.1.10:9999\" or \"[fd00::10]:9999\"";
 /// The largest configuration that is read, in bytes.
 const MAX_FILE: u64 = 1024 * 1024;
 
@@ -108,10 +112,12 @@ pub enum ConfigError {
         message: String,
     },
     /// A value out of its range.
-    #[error("{path}: {message}")]
+    #[error("{path}:{}{message}", line.map(|line| format!("{line}: ")).unwrap_or_else(|| " ".to_owned()))]
     Range {
         /// Which.
         path: PathBuf,
+        /// Counted from 1, if the file has the key: a default can be out of range together with what it has.
+        line: Option<usize>,
         /// The key, and its range.
         message: String,
     },
@@ -137,9 +143,7 @@ impl Config {
     /// Reads and checks a configuration; `path` is only for what is said of errors.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let config: Self = toml::from_str(text).map_err(|error| {
-            let at = error.span().map_or(0, |span| span.start).min(text.len());
-            let before = text.as_bytes().get(..at).unwrap_or_default();
-            let line = before.iter().filter(|&&byte| byte == b'\n').count() + 1;
+            let line = line_at(text, error.span().map_or(0, |span| span.start));
             let message = explain(error.message(), text.lines().nth(line - 1).unwrap_or_default());
             ConfigError::Parse { path: path.to_owned(), line, message }
         })?;
@@ -157,7 +161,10 @@ impl Config {
         ];
         let peers = peer::ConfiguredPeer::check_all(&config.peer);
         match checks.into_iter().chain([peers]).find_map(Result::err) {
-            Some(message) => Err(ConfigError::Range { path: path.to_owned(), message }),
+            Some(message) => {
+                let line = line_of(text, &message);
+                Err(ConfigError::Range { path: path.to_owned(), line, message })
+            }
             None => Ok(config),
         }
     }
@@ -166,17 +173,49 @@ impl Config {
 impl Config {
     /// What is verified first is kept in memory until it is.
     fn check_memory(&self) -> Result<(), String> {
-        if self.resolve.verify_first > self.limits.relay_memory {
-            return Err("limits.relay_memory: has to be resolve.verify_first at least".to_owned());
+        let (memory, first) = (self.limits.relay_memory, self.resolve.verify_first);
+        if first > memory {
+            return Err(format!(
+                "limits.relay_memory: {memory} is less than resolve.verify_first, which is {first}: raise the one or \
+                 lower the other"
+            ));
         }
         Ok(())
     }
+}
+
+/// The line of a place in the text, counted from 1.
+fn line_at(text: &str, at: usize) -> usize {
+    let before = text.as_bytes().get(..at.min(text.len())).unwrap_or_default();
+    before.iter().filter(|&&byte| byte == b'\n').count() + 1
+}
+
+/// The line of the key that a message begins with: `section.key: `. Of several peers it is the one whose URL it tells.
+fn line_of(text: &str, message: &str) -> Option<usize> {
+    let (section, key) = message.split_once(": ")?.0.split_once('.')?;
+    let table = DeTable::parse(text).ok()?;
+    let section = table.get_ref().get(section)?.get_ref();
+    let is_told = |table: &&DeTable<'_>| {
+        let url = table.get(key).and_then(|value| value.get_ref().as_str());
+        url.is_some_and(|url| message.contains(&format!(": {url:?}: ")))
+    };
+    let table = match section {
+        DeValue::Table(table) => table,
+        // The later of two that are the same is the one too many.
+        DeValue::Array(tables) => {
+            tables.iter().rev().filter_map(|one| one.get_ref().as_table()).find(is_told)?
+        }
+        _ => return None,
+    };
+    let (key, _) = table.get_key_value(key)?;
+    Some(line_at(text, key.span().start))
 }
 
 /// The parser's message, with the key that it is about and what would be right.
 fn explain(message: &str, line: &str) -> String {
     let message = in_plain_words(&message.replace('\n', " "), line.trim());
     let right = match &*message {
+        text if text.contains("invalid socket address") && line.contains("listen") => LISTEN_FORM,
         text if text.contains("invalid socket address") => ADDRESS_FORM,
         text if text.contains("invalid IP address") => "a network reads \"10.0.0.0/8\" or \"fd00::/8\"",
         text if text.contains("duration") || text.contains("time unit") => {
@@ -292,7 +331,20 @@ mod tests {
         let kind = complaint("[store]\nlease = 5\n");
         assert!(kind.starts_with("peernix.toml:2: "), "{kind}");
         let range = complaint("[store]\nlease = \"1ms\"\n");
-        assert_eq!(range, "peernix.toml: store.lease: has to be 1s to 1day");
+        assert_eq!(range, "peernix.toml:2: store.lease: has to be 1s to 1day");
+        let peers = "[[peer]]\nurl = \"http://a\"\n\n[[peer]]\nurl = \"http://a\" # again\n";
+        assert!(complaint(peers).starts_with("peernix.toml:5: peer.url: \"http://a\": it is there twice"));
+        assert_eq!(
+            complaint("[resolve]\nverify_first = \"80 MiB\"\n"),
+            "peernix.toml: limits.relay_memory: 64.0 MiB is less than resolve.verify_first, which is 80.0 MiB: raise \
+             the one or lower the other"
+        );
+        for (line, key) in [
+            ("[discovery]\ntargets = [\"x\"]", "\"[fd00::10]:9999\""),
+            ("[http]\nlisten = [\"x\"]", "\"[::]:9999\""),
+        ] {
+            assert!(complaint(line).contains(key), "{}", complaint(line));
+        }
         for text in ["[http", "a = ", "[limits]\nheader_size = \"x\"", "[http]\nallow = [\"10.0.0.0/99\"]"] {
             assert!(!complaint(text).contains('\n'), "{text}");
         }
@@ -406,7 +458,7 @@ mod tests {
             ),
         ] {
             let said = complaint(&format!("[trust]\npublic_keys = [{keys}]\n"));
-            assert!(said.starts_with(&format!("peernix.toml: trust.public_keys: {which}")), "{said}");
+            assert!(said.starts_with(&format!("peernix.toml:2: trust.public_keys: {which}")), "{said}");
             assert!(said.ends_with(form) && !said.contains("c2VjcmV0"), "{said}");
         }
     }

@@ -18,6 +18,9 @@ use crate::config::{self, Config};
 use crate::nix::signature::public_key_text;
 use crate::signing::{self, Signer};
 
+/// What follows from a store that can't be asked. It may be installed later, so the configuration is good all the same.
+const NOTHING_SERVED: &str = "peernix starts all the same, and serves nothing of this host until then";
+
 /// A binary cache for Nix made of the machines on your LAN.
 ///
 /// Without a command it serves. The local Nix asks it with this line in nix.conf:
@@ -157,7 +160,7 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
-    text.parse().map_err(|error| format!("{error}; {}", config::ADDRESS_FORM))
+    text.parse().map_err(|error| format!("{error}; {}", config::LISTEN_FORM))
 }
 
 /// The configuration, and the file that it was read from.
@@ -189,10 +192,11 @@ fn check_config(common: &Common) -> anyhow::Result<()> {
         None => writeln!(out, "there is no {}: the defaults are good", config::DEFAULT_FILE)?,
     }
     if !store_is_there {
-        writeln!(out, "warning: there is no store at {} yet", config.store.directory().display())?;
+        let directory = config.store.directory();
+        writeln!(out, "warning: there is no store at {} yet: {NOTHING_SERVED}", directory.display())?;
     }
     if let Err(error) = config.store.find_nix_store() {
-        writeln!(out, "warning: {error}")?;
+        writeln!(out, "warning: {error}; {NOTHING_SERVED}")?;
     }
     for file in config.signing.open_to_all() {
         writeln!(out, "warning: every user of this machine may read {}: chmod 600 it", file.display())?;

@@ -68,6 +68,15 @@ impl Options {
         if !(1..=10_000).contains(&self.peers) {
             return Err("discovery.peers: has to be 1 to 10000".to_owned());
         }
+        // Sent there, an announcement would come back to this host.
+        let is_nobody =
+            |target: &&SocketAddr| target.ip().to_canonical().is_unspecified() || target.port() == 0;
+        if let Some(target) = self.targets.iter().find(is_nobody) {
+            return Err(format!(
+                "discovery.targets: {target} is no address of a host; write the other host's own, as \
+                 \"192.168.1.10:9999\" or \"[fd00::10]:9999\""
+            ));
+        }
         Ok(())
     }
 }
@@ -121,6 +130,18 @@ mod tests {
     fn check(urls: &[&str]) -> Result<(), String> {
         let peers = urls.iter().map(|url| ConfiguredPeer { url: (*url).to_owned() });
         ConfiguredPeer::check_all(&peers.collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn an_address_that_is_no_hosts_is_no_target() {
+        let check =
+            |target: &str| Options { targets: vec![target.parse().unwrap()], ..Options::default() }.check();
+        for target in ["192.168.1.10:9999", "[fd00::10]:9999", "127.0.0.1:1"] {
+            assert_eq!(check(target), Ok(()), "{target}");
+        }
+        for target in ["0.0.0.0:9999", "[::]:9999", "[::ffff:0.0.0.0]:9999", "192.168.1.10:0"] {
+            assert!(check(target).unwrap_err().contains("is no address of a host"), "{target}");
+        }
     }
 
     #[test]

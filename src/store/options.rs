@@ -68,6 +68,11 @@ impl Options {
         range("answer_time", answer.contains(&self.answer_time), "50ms to 10min")?;
         range("remember", self.remember >= ByteSize::mib(1), "at least 1 MiB")?;
         range("log_size", self.log_size <= ByteSize::gib(1), "at most 1 GiB")?;
+        if self.nix_store.as_os_str().is_empty() {
+            let what =
+                "store.nix_store: is empty; name the program, or leave the key out for the nix-store in PATH";
+            return Err(what.to_owned());
+        }
         match &self.root {
             Some(root) if !root.is_absolute() => {
                 Err(format!("store.root: {} is not an absolute path", root.display()))

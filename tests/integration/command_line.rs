@@ -46,7 +46,8 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     let twice = refused(&["check-config"], "[http]\nlisten = [\"[::]:1\", \"[::]:1\"]", folder.path());
     assert!(twice.contains("http.listen: names [::]:1 twice"), "{twice}");
     check(with("[store]\nlease = \"0s\"\n"), &["peernix.toml", "store.lease", "1s to 1day"]);
-    check(with("[log]\nfilter = \"===\"\n"), &["peernix.toml: log.filter: "]);
+    check(with("[store]\nnix_store = \"\"\n"), &["peernix.toml:6: store.nix_store: is empty"]);
+    check(with("[log]\nfilter = \"===\"\n"), &["peernix.toml:6: log.filter: "]);
     let said = with("[log]\nfilter = \"info,verbose\"\n");
     check(said, &["log.filter: \"verbose\" is none of off, error, warn, info, debug, trace"]);
 
@@ -178,6 +179,8 @@ fn keys_are_made_as_nix_makes_them() {
 
     let again = run(Command::new(PROGRAM).args(["key", "generate", "cache-1", "--to"]).arg(&file));
     assert!(!again.status.success(), "a key was overwritten");
+    let said = String::from_utf8(again.stderr).unwrap();
+    assert!(said.lines().count() == 1 && said.contains("name another file"), "{said}");
     let spaced = run(Command::new(PROGRAM).args(["key", "generate", "a b"]));
     assert!(String::from_utf8(spaced.stderr).unwrap().contains("key name"));
     let piped = run(Command::new(PROGRAM).args(["key", "generate", "cache-2"]));
