@@ -1,6 +1,6 @@
 //! `peernix serve`: the daemon as a process, from its start to the signal that ends it.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -9,6 +9,9 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::logging;
 use crate::config::Config;
 use crate::daemon::Daemon;
+
+/// Signals this soon after the first are the same request to end: `timeout` sends one to the process and one to its group.
+const SAME_REQUEST: Duration = Duration::from_millis(200);
 
 pub(super) fn serve(config: Config) -> anyhow::Result<()> {
     logging::start(&config.log)?;
@@ -38,16 +41,27 @@ async fn run(config: Config) -> anyhow::Result<()> {
             }
         }
     }
+    let asked = Instant::now();
     let drain_time = config.http.drain_time;
     tracing::info!(
         ?drain_time,
         "stopping; answers in flight may come to their end, a second signal ends them"
     );
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    let second = async {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if asked.elapsed() >= SAME_REQUEST {
+                break;
+            }
+        }
+    };
     tokio::select! {
         () = daemon.shutdown() => tracing::info!("stopped"),
-        _ = terminate.recv() => anyhow::bail!("ended by a second signal"),
-        _ = interrupt.recv() => anyhow::bail!("ended by a second signal"),
+        () = second => anyhow::bail!("ended by a second signal"),
     }
     Ok(())
 }

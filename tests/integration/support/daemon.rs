@@ -119,8 +119,12 @@ impl Daemon {
 
     /// Waits for its end.
     pub fn wait(&mut self) -> ExitStatus {
-        let process = &mut self.process;
-        eventually("the daemon ends", || process.try_wait().unwrap())
+        eventually("the daemon ends", || self.ended())
+    }
+
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Option<ExitStatus> {
+        self.process.try_wait().unwrap()
     }
 }
 
