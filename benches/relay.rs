@@ -102,7 +102,7 @@ impl Daemon {
             line[field].as_str().expect("a text").to_owned()
         };
         let url = format!("http://{}/nix-cache", told("listening", "address"));
-        let public_key = told("serving the local store", "public_key");
+        let public_key = told("started", "public_key");
         // Whoever stops reading would stop the daemon.
         std::thread::spawn(move || lines.for_each(drop));
         Self { process, url, public_key }

@@ -125,7 +125,7 @@ impl Daemon {
         for address in &addresses {
             tracing::info!(%address, "listening");
         }
-        tracing::info!(public_key = signer.public_key_line(), "serving the local store");
+        tracing::info!(public_key = signer.public_key_line(), "started");
         let (stop, stopping) = watch::channel(false);
         let server = tokio::spawn(server.run(listeners, stopping));
         let options = config.discovery.clone();

@@ -189,7 +189,8 @@ impl Trust {
         match trusted_public_keys().await {
             Some(texts) => {
                 let keys = each_once(&self.options.public_keys, &texts, own);
-                tracing::info!(keys = ?keys.iter().map(|key| &key.name).collect::<Vec<_>>(), "trusting");
+                let names: Vec<&str> = keys.iter().map(|key| &*key.name).collect();
+                tracing::info!(keys = names.join(" "), "trusting");
                 *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
             }
             None => tracing::warn!("Nix does not tell which keys it trusts; only trust.public_keys are"),

@@ -136,7 +136,7 @@ fn start(home: &Path, configuration: &Path, port: u16, log: &Log) -> (Child, Str
     let lines = BufReader::new(process.stderr.take().expect("its log")).lines().map_while(Result::ok);
     let mut lines = lines.filter_map(|line| serde_json::from_str::<serde_json::Value>(&line).ok());
     let mut told = |message: &str| lines.by_ref().find(|line| line["message"] == message);
-    let key = told("listening").and_then(|_| told("serving the local store"));
+    let key = told("listening").and_then(|_| told("started"));
     let key = key.and_then(|line| line["public_key"].as_str().map(str::to_owned));
     let key = key.expect("a daemon that starts");
     let log = Arc::clone(log);
