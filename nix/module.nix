@@ -14,8 +14,8 @@ let
 
   # The daemon's own default, on all addresses (config/peernix.toml).
   defaultPort = 9999;
-  # Peers of every version announce themselves here, whatever port their HTTP server has.
-  announceUdpPort = 9999;
+  # Peers of every version announce themselves here by default, whatever port their HTTP server has.
+  announceUdpPort = cfg.settings.discovery.port or 9999;
   mdnsUdpPort = 5353;
 
   # "ADDRESS:PORT" each; null is the daemon's default: all addresses.
@@ -120,7 +120,8 @@ in
       example = true;
       description = ''
         Whether to open the ports for peers on all interfaces: TCP of {option}`services.peernix.settings.http.listen`,
-        UDP ${toString announceUdpPort} (announcements and questions of peers) and UDP ${toString mdnsUdpPort} (mDNS).
+        UDP of {option}`services.peernix.settings.discovery.port` (announcements and questions of peers, 9999 by default)
+        and UDP ${toString mdnsUdpPort} (mDNS).
         Without it this host is served by peers that it is told of, but serves and finds none. Whoever can reach the TCP
         port can read every path in the Nix store.
       '';
@@ -163,7 +164,8 @@ in
 
     networking.firewall = mkIf cfg.openFirewall {
       allowedTCPPorts = lib.unique (map portOf listen);
-      allowedUDPPorts = [
+      # 0 is a port of the system's choice, which nobody knows beforehand.
+      allowedUDPPorts = lib.filter (port: port != 0) [
         announceUdpPort
         mdnsUdpPort
       ];

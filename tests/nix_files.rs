@@ -132,6 +132,15 @@ fn port_follows_the_listen_address() {
 }
 
 #[test]
+fn the_firewall_follows_the_port_of_announcements() {
+    for (port, open) in [("7777", "[7777,5353]"), ("0", "[5353]")] {
+        let on =
+            format!(r#"{{"enable":true,"openFirewall":true,"settings":{{"discovery":{{"port":{port}}}}}}}"#);
+        assert_eq!(module(&on, "networking.firewall.allowedUDPPorts"), open);
+    }
+}
+
+#[test]
 fn listening_where_the_local_nix_does_not_ask_is_refused() {
     let holds = |listen: &str, add_substituter: bool| {
         let http = format!(r#"{{"listen":["{listen}"]}}"#);
