@@ -153,10 +153,22 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             Ok(())
         }
         Command::Man => {
-            clap_mangen::Man::new(Cli::command()).render(&mut std::io::stdout())?;
+            std::io::stdout().write_all(&manual()?)?;
             Ok(())
         }
     }
+}
+
+/// The manual page. One for all commands: their names are told as they are typed, and not as pages of their own.
+fn manual() -> std::io::Result<Vec<u8>> {
+    let mut page = Vec::new();
+    clap_mangen::Man::new(Cli::command()).render(&mut page)?;
+    let text = String::from_utf8_lossy(&page);
+    let typed = |line: &str| match line.strip_prefix("peernix\\-").and_then(|rest| rest.strip_suffix("(1)")) {
+        Some(command) => format!("peernix {command}\n"),
+        None => format!("{line}\n"),
+    };
+    Ok(text.lines().map(typed).collect::<String>().into_bytes())
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {

@@ -204,6 +204,8 @@ fn help_completions_and_the_manual_are_printed() {
         let shown = text(Command::new(PROGRAM).args(arguments));
         assert!(shown.contains(part), "{arguments:?}: {shown}");
     }
+    let page = text(Command::new(PROGRAM).arg("man"));
+    assert!(page.contains("\npeernix check\\-config\n") && !page.contains("(1)"), "{page}");
     assert_eq!(run(Command::new(PROGRAM).arg("srve")).status.code(), Some(2));
 }
 
