@@ -4,13 +4,15 @@
 //! first; then it is asked to realise it in the second through the second's own daemon, with signatures required: with a
 //! wrong key it has to refuse, with the right one to copy what that daemon relays.
 
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::Output;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, anyhow, bail, ensure};
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::config::Config;
 use crate::daemon::Daemon;
@@ -40,14 +42,39 @@ in builtins.foldl' link data (builtins.genList (n: n + 1) 24)
 /// How long the daemons may take to find each other.
 const FIND_TIME: Duration = Duration::from_secs(10);
 
+/// How long processes that were killed may take to be gone, and to leave the folder alone.
+const LEAVE_TIME: Duration = Duration::from_secs(5);
+
+/// The most lines of a reason that are shown after its first.
+const MAX_REASON: usize = 6;
+
+/// What a failure to build has in it where Nix may not make a sandbox.
+const NO_SANDBOX: [&str; 4] = ["namespace", "cloning builder process", "unsharing", "mounting"];
+
 pub(super) fn try_out() -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.context("the runtime can't be started")?;
+    // From here on signals are ours: one that comes before the folder is there must not be lost either.
+    let (mut interrupt, mut terminate) = {
+        let _context = runtime.enter();
+        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
+    };
     let folder = tempfile::Builder::new().prefix("peernix-try-").tempdir();
     let folder = folder.context("no temporary folder can be made")?;
     let trial = Trial { folder: folder.path().to_owned() };
-    let outcome = trial.run();
-    let cleaned = make_writable(folder.path()).and_then(|()| folder.close());
+    // Dropped midway, the trial kills the programs that it waits for.
+    let outcome = runtime.block_on(async {
+        tokio::select! {
+            biased;
+            _ = interrupt.recv() => Err(anyhow!("interrupted")),
+            _ = terminate.recv() => Err(anyhow!("terminated")),
+            outcome = trial.run() => outcome,
+        }
+    });
+    runtime.shutdown_timeout(LEAVE_TIME);
+    let removed = remove(folder.path());
     let report = outcome?;
-    cleaned.context("the temporary folder can't be removed")?;
+    removed.context("the temporary folder can't be removed")?;
     write!(std::io::stdout(), "{report}").context("the report can't be printed")
 }
 
@@ -56,29 +83,27 @@ struct Trial {
 }
 
 impl Trial {
-    fn run(&self) -> anyhow::Result<String> {
+    async fn run(&self) -> anyhow::Result<String> {
         for store in ["first", "second"] {
             std::fs::create_dir(self.folder.join(store)).context("a store can't be made")?;
         }
-        self.check_nix()?;
+        self.check_nix().await?;
         say("building a closure in the first store");
-        let path = self.build()?;
-        let closure = lines(self.nix("nix-store", "first").args(["--query", "--requisites", &path]))?;
+        let path = self.build().await?;
+        let closure = lines(self.nix("nix-store", "first").args(["--query", "--requisites", &path])).await?;
         let mut sizes = self.nix("nix-store", "first");
-        let sizes = lines(sizes.args(["--query", "--size"]).args(&closure))?;
+        let sizes = lines(sizes.args(["--query", "--size"]).args(&closure)).await?;
         let bytes: u64 = sizes.iter().filter_map(|size| size.parse::<u64>().ok()).sum();
 
-        let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-        let runtime = runtime.context("the runtime can't be started")?;
         say("starting a daemon for each store");
-        let first = runtime.block_on(Daemon::start(&self.config("first")))?;
+        let first = Daemon::start(&self.config("first")).await?;
         let mut config = self.config("second");
         let target = first.udp_port().map(|port| ([127, 0, 0, 1], port).into());
         config.discovery.targets = vec![target.context("a daemon without a UDP port")?];
         config.trust.public_keys = vec![first.public_key_line()];
-        let second = runtime.block_on(Daemon::start(&config))?;
+        let second = Daemon::start(&config).await?;
         say("waiting until they have found each other");
-        let found = runtime.block_on(found_each_other(&first, &second))?;
+        let found = found_each_other(&first, &second).await?;
         let url = |daemon: &Daemon| -> anyhow::Result<String> {
             let address = daemon.addresses().first().context("a daemon that listens nowhere")?;
             Ok(format!("http://{address}/nix-cache"))
@@ -87,25 +112,25 @@ impl Trial {
         say("asking the second daemon, with a key that did not sign: Nix has to refuse");
         let stranger = signing::generate(None)?.public_key();
         let stranger = crate::nix::signature::public_key_text(&stranger);
-        let refused = self.realise(&path, &url(&second)?, &stranger).output()?;
+        let refused = self.realise(&path, &url(&second)?, &stranger).output().await?;
         ensure!(!refused.status.success(), "Nix took paths that no trusted key has signed");
 
         say("asking the second daemon, with its own key: Nix has to copy what it relays from the first");
         let began = Instant::now();
-        succeed(&mut self.realise(&path, &url(&second)?, &second.public_key_line()))?;
+        succeed(&mut self.realise(&path, &url(&second)?, &second.public_key_line())).await?;
         let took = began.elapsed();
-        let copied = lines(self.nix("nix-store", "second").args(["--query", "--requisites", &path]))?;
+        let copied = lines(self.nix("nix-store", "second").args(["--query", "--requisites", &path])).await?;
         ensure!(copied == closure, "the copy has {} paths of {}", copied.len(), closure.len());
-        succeed(self.nix("nix-store", "second").arg("--verify-path").args(&copied))?;
-        runtime.block_on(async { tokio::join!(first.shutdown(), second.shutdown()) });
+        succeed(self.nix("nix-store", "second").arg("--verify-path").args(&copied)).await?;
+        tokio::join!(first.shutdown(), second.shutdown());
         Ok(report(closure.len(), bytes, found, took))
     }
 
     /// That Nix is here. On a store of our own: this user may have no right to the machine's.
-    fn check_nix(&self) -> anyhow::Result<()> {
+    async fn check_nix(&self) -> anyhow::Result<()> {
         for program in ["nix-store", "nix-build"] {
-            match self.nix(program, "first").arg("--version").output() {
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+            match self.nix(program, "first").arg("--version").output().await {
+                Err(error) if error.kind() == ErrorKind::NotFound => {
                     bail!("{program} was not found: install Nix first (on Debian: apt-get install nix-bin)");
                 }
                 _ => {}
@@ -114,7 +139,7 @@ impl Trial {
         Ok(())
     }
 
-    fn build(&self) -> anyhow::Result<String> {
+    async fn build(&self) -> anyhow::Result<String> {
         let file = self.folder.join("try.nix");
         std::fs::write(&file, EXPRESSION).context("the expression can't be written")?;
         let mut build = self.nix("nix-build", "first");
@@ -123,9 +148,14 @@ impl Trial {
         let there: Vec<&str> = shell.into_iter().filter(|path| Path::new(path).exists()).collect();
         build.args(["--no-out-link", "--option", "substitute", "false"]);
         build.args(["--option", "sandbox-paths", &there.join(" ")]).arg(&file);
-        let built = lines(&mut build).context(
-            "Nix can't build in a store of its own here; that takes user namespaces, which some containers forbid",
-        )?;
+        let output = output(&mut build).await?;
+        if !output.status.success() {
+            let why = why(&output);
+            let is_forbidden = NO_SANDBOX.iter().any(|part| why.contains(part));
+            let hint = "; building in a store of its own takes user namespaces, which some containers forbid";
+            bail!("Nix can't build here: {why}{}", if is_forbidden { hint } else { "" });
+        }
+        let built = text_lines(output)?;
         built.last().cloned().context("nix-build printed no path")
     }
 
@@ -140,6 +170,7 @@ impl Trial {
     /// A Nix program on one of the two stores. It sees no configuration and no cache of this machine.
     fn nix(&self, program: &str, store: &str) -> Command {
         let mut command = Command::new(program);
+        command.kill_on_drop(true).stdin(std::process::Stdio::null());
         command.arg("--store").arg(self.folder.join(store));
         command.env("HOME", &self.folder).env("XDG_CACHE_HOME", self.folder.join("cache"));
         command.env("NIX_CONF_DIR", &self.folder).env("NIX_CONFIG", "build-users-group =");
@@ -188,19 +219,50 @@ fn say(step: &str) {
     let _ = writeln!(std::io::stderr(), "{step} …");
 }
 
-fn succeed(command: &mut Command) -> anyhow::Result<Vec<u8>> {
-    let shown = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().with_context(|| format!("{shown} can't be started"))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr);
-        bail!("{shown} failed: {}", said.trim().lines().last().unwrap_or("it does not say why"));
-    }
-    Ok(output.stdout)
+async fn output(command: &mut Command) -> anyhow::Result<Output> {
+    let shown = command.as_std().get_program().to_string_lossy().into_owned();
+    command.output().await.with_context(|| format!("{shown} can't be started"))
 }
 
-fn lines(command: &mut Command) -> anyhow::Result<Vec<String>> {
-    let text = String::from_utf8(succeed(command)?).context("Nix printed what is not UTF-8")?;
+async fn succeed(command: &mut Command) -> anyhow::Result<Output> {
+    let output = output(command).await?;
+    if !output.status.success() {
+        bail!("{} failed: {}", command.as_std().get_program().to_string_lossy(), why(&output));
+    }
+    Ok(output)
+}
+
+/// What Nix gives as the reason, in one line. What comes after its first error only says what else could not be done for it.
+fn why(output: &Output) -> String {
+    let said = String::from_utf8_lossy(&output.stderr);
+    let mut lines = said.lines().map(str::trim).filter(|line| !line.is_empty());
+    let Some(first) = lines.by_ref().find(|line| line.starts_with("error:")) else {
+        return said.trim().lines().last().unwrap_or("it does not say why").to_owned();
+    };
+    let rest = lines.take_while(|line| !line.starts_with("error:")).take(MAX_REASON);
+    std::iter::once(first).chain(rest).collect::<Vec<_>>().join(" ")
+}
+
+async fn lines(command: &mut Command) -> anyhow::Result<Vec<String>> {
+    text_lines(succeed(command).await?)
+}
+
+fn text_lines(output: Output) -> anyhow::Result<Vec<String>> {
+    let text = String::from_utf8(output.stdout).context("Nix printed what is not UTF-8")?;
     Ok(text.lines().map(str::to_owned).collect())
+}
+
+/// Removes the folder. What was killed may still put something there.
+fn remove(folder: &Path) -> std::io::Result<()> {
+    let began = Instant::now();
+    loop {
+        match make_writable(folder).and_then(|()| std::fs::remove_dir_all(folder)) {
+            Err(error) if error.kind() != ErrorKind::PermissionDenied && began.elapsed() < LEAVE_TIME => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            done => return done,
+        }
+    }
 }
 
 /// Store paths are read-only: nobody but root could remove what lies in them.

@@ -6,7 +6,7 @@ use crate::support::daemon::{Daemon, PROGRAM};
 use crate::support::host::Host;
 use crate::support::http::get;
 use crate::support::store::Store;
-use crate::support::{run, succeed, text};
+use crate::support::{eventually, run, succeed, text};
 
 /// A closure of twenty-one built paths, each referring to the one before and to itself.
 const CHAIN: &str = r#"
@@ -106,6 +106,44 @@ fn try_shows_that_it_works_and_leaves_nothing_behind() {
         assert!(report.contains(said), "{report}");
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn try_that_a_signal_ends_leaves_nothing_behind() {
+    for signal in ["-INT", "-TERM"] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut trial = std::process::Command::new(PROGRAM);
+        let mut trial = trial.arg("try").env("TMPDIR", folder.path()).spawn().unwrap();
+        eventually("a builder writes", || {
+            let trial = std::fs::read_dir(folder.path()).unwrap().flatten().next()?.path();
+            let paths = std::fs::read_dir(trial.join("first/nix/store")).ok()?.flatten();
+            let mut names = paths.map(|path| path.file_name().to_string_lossy().into_owned());
+            names.find(|name| name.contains("-peernix-try-data") && !name.ends_with(".drv"))
+        });
+        succeed(std::process::Command::new("kill").args([signal, &trial.id().to_string()]));
+        assert_eq!(eventually("it ends", || trial.try_wait().unwrap()).code(), Some(1));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn try_tells_why_nix_cannot_build() {
+    let folder = tempfile::tempdir().unwrap();
+    let (program, forbidden) = (folder.path().join("nix-build"), "user namespaces");
+    let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").unwrap());
+    for (said, is_forbidden) in [
+        ("error: cloning builder process: Operation not permitted", true),
+        ("error: builder failed;\n > no space left\nerror: 1 dependencies failed to build", false),
+    ] {
+        std::fs::write(&program, format!("#!/bin/sh\necho '{said}' >&2\nexit 1\n")).unwrap();
+        succeed(std::process::Command::new("chmod").arg("755").arg(&program));
+        let mut trial = std::process::Command::new(PROGRAM);
+        let output = run(trial.arg("try").env("PATH", &path).env("TMPDIR", folder.path()));
+        let told = String::from_utf8(output.stderr).unwrap().lines().last().unwrap().to_owned();
+        let reason = if is_forbidden { said } else { "error: builder failed; > no space left" };
+        assert!(told.starts_with(&format!("peernix: Nix can't build here: {reason}")), "{told}");
+        assert_eq!(told.contains(forbidden), is_forbidden, "{told}");
+    }
 }
 
 #[test]
