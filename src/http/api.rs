@@ -58,20 +58,24 @@ pub(super) fn status(resolver: &Resolver, uptime: Duration) -> String {
         version: env!("CARGO_PKG_VERSION"),
         instance_id: resolver.peers().own_id().to_owned(),
         uptime_seconds: uptime.as_secs(),
-        store: store_text(&resolver.store().state().borrow()),
+        store: health(resolver).1,
         public_keys: resolver.signer().public_keys().iter().map(public_key_text).collect(),
         trusted_keys: resolver.trust().key_names(),
-        peers: resolver.peers().all().len(),
+        peers: resolver.peers().len(),
         remembered_misses: resolver.remembered_misses(),
     })
 }
 
-/// The state of the store in a word, and why where it is bad.
-pub(super) fn store_text(state: &StoreState) -> String {
-    match state {
-        StoreState::Starting => "starting".to_owned(),
-        StoreState::Serving => "serving".to_owned(),
-        StoreState::Unavailable(error) => format!("unavailable: {error}"),
+/// How this host is, in a word, and its store, with the reason where it is bad.
+pub(super) fn health(resolver: &Resolver) -> (&'static str, String) {
+    match &*resolver.store().state().borrow() {
+        StoreState::Starting => ("starting", "starting".to_owned()),
+        StoreState::Unavailable(error) => ("degraded", format!("unavailable: {error}")),
+        // Asked of a folder that is not there, nix-store says of every path that it is not valid.
+        StoreState::Serving if !resolver.store().is_there() => {
+            ("degraded", "unavailable: the store directory does not exist".to_owned())
+        }
+        StoreState::Serving => ("ok", "serving".to_owned()),
     }
 }
 

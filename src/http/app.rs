@@ -28,7 +28,7 @@ use super::counted_body::CountedBody;
 use super::gate::Admitted;
 use crate::metrics::{Metrics, Route};
 use crate::nix::cache_url::CacheUrl;
-use crate::resolve::{Holdings, INSTANCE_HEADER, PEER_HEADER, ResolveError, Resolver, StoreState};
+use crate::resolve::{Holdings, INSTANCE_HEADER, PEER_HEADER, ResolveError, Resolver};
 
 /// Lines a second that failed requests may write to the log.
 const COMPLAINTS: NonZeroU32 = NonZeroU32::MIN;
@@ -180,14 +180,9 @@ async fn welcome(State(pages): State<Pages>, headers: HeaderMap) -> Response<Bod
 }
 
 async fn health(State(pages): State<Pages>) -> Response<Body> {
-    let state = pages.resolver.store().state().borrow().clone();
-    let status = match state {
-        StoreState::Starting => "starting",
-        StoreState::Serving => "ok",
-        StoreState::Unavailable(_) => "degraded",
-    };
-    let store = api::store_text(&state);
-    let line = serde_json::json!({ "status": status, "version": env!("CARGO_PKG_VERSION"), "store": store });
+    let (status, store) = api::health(&pages.resolver);
+    let (version, peers) = (env!("CARGO_PKG_VERSION"), pages.resolver.peers().len());
+    let line = serde_json::json!({ "status": status, "version": version, "store": store, "peers": peers });
     found("application/json", format!("{line}\n").into())
 }
 

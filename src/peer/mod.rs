@@ -161,6 +161,18 @@ impl Peers {
         self.registry().all()
     }
 
+    /// How many are known.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.registry().len()
+    }
+
+    /// Whether nobody is known.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// One peer, as it is now.
     #[must_use]
     pub fn get(&self, id: &PeerId) -> Option<Peer> {

@@ -165,6 +165,12 @@ impl Store {
         self.0.leases.state()
     }
 
+    /// Whether there is a store directory now: without one everything is "not here".
+    #[must_use]
+    pub fn is_there(&self) -> bool {
+        self.0.options.directory().is_dir()
+    }
+
     /// The hash parts of all that may be here, and the number of the last gain among them. `None`: it can't be told.
     pub async fn all(&self) -> Option<(Vec<StorePathHash>, u64)> {
         self.0.names.all().await

@@ -235,11 +235,26 @@ fn peers_that_cannot_be_shown_are_told_in_one_line() {
 }
 
 #[test]
+fn a_store_that_is_not_there_is_no_good_health() {
+    let folder = tempfile::tempdir().unwrap();
+    let daemon = Daemon::serve(folder.path(), "");
+    let health = || get(&daemon.url("health")).text();
+    eventually("it is healthy", || health().contains("\"status\":\"ok\"").then_some(()));
+    // nix-store has made it; somebody takes it away.
+    std::fs::rename(folder.path().join("nix/store"), folder.path().join("nix/elsewhere")).unwrap();
+    let said = health();
+    assert!(said.contains("\"status\":\"degraded\"") && said.contains("does not exist"), "{said}");
+    std::fs::rename(folder.path().join("nix/elsewhere"), folder.path().join("nix/store")).unwrap();
+    assert!(health().contains("\"status\":\"ok\""), "{}", health());
+}
+
+#[test]
 fn health_metrics_and_the_first_page_answer() {
     let store = Store::new();
     let daemon = Daemon::serve(store.root(), "");
     eventually("it is healthy", || {
         let health: serde_json::Value = serde_json::from_str(&get(&daemon.url("health")).text()).unwrap();
+        assert_eq!(health["peers"], 0);
         (health["status"] == "ok" && health["store"] == "serving").then_some(())
     });
     let welcome = get(&daemon.url("nix-cache")).text();
