@@ -90,7 +90,7 @@ pub struct Peer {
     pub standing: Standing,
     /// Moving average of the time to an answer.
     pub latency: Option<Duration>,
-    /// Moving average of what it delivers, in bytes a second.
+    /// Moving average of what it delivers, in bytes a second. `None` until it delivered enough at once to measure.
     pub bytes_per_second: Option<f64>,
     /// Requests to it that are under way.
     pub in_flight: u32,

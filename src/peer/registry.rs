@@ -15,6 +15,8 @@ use super::wire::Announce;
 
 /// Peers at one address: more are somebody who makes them up.
 const MAX_AT_ADDRESS: usize = 16;
+/// Bytes from which on a delivery says how fast a peer delivers: fewer take as long as the question.
+const MEASURABLE: u64 = 256 * 1024;
 /// How much a new measurement counts in a moving average.
 const WEIGHT: f64 = 0.2;
 
@@ -304,9 +306,11 @@ impl Registry {
     /// It delivered so many bytes in this time, and they have proven right.
     pub fn delivered(&mut self, id: &PeerId, bytes: u64, took: Duration) {
         if let Some(peer) = self.peers.get_mut(id) {
-            let measured = bytes as f64 / took.as_secs_f64().max(1e-6);
-            let before = peer.bytes_per_second.unwrap_or(measured);
-            peer.bytes_per_second = Some(before * (1.0 - WEIGHT) + measured * WEIGHT);
+            if bytes >= MEASURABLE {
+                let measured = bytes as f64 / took.as_secs_f64().max(1e-6);
+                let before = peer.bytes_per_second.unwrap_or(measured);
+                peer.bytes_per_second = Some(before * (1.0 - WEIGHT) + measured * WEIGHT);
+            }
             peer.standing.proved_right();
         }
     }
@@ -568,6 +572,8 @@ mod tests {
         }
         registry.began(&a);
         assert_eq!(registry.candidates(now + second, |_| true)[0].id, a);
+        registry.delivered(&a, 1000, Duration::from_secs(1));
+        assert_eq!(registry.get(&a).unwrap().bytes_per_second, None, "too little to measure");
         registry.delivered(&a, 1_000_000, Duration::from_secs(1));
         assert_eq!(registry.get(&a).unwrap().bytes_per_second, Some(1e6));
     }
