@@ -147,6 +147,13 @@ impl Trust {
         self.keys().iter().map(|key| key.name.clone()).collect()
     }
 
+    /// Whether one of these keys is trusted: `name:base64` each, separated by spaces, as a host announces its own.
+    #[must_use]
+    pub fn trusts_any(&self, announced: &str) -> bool {
+        let trusted = self.keys();
+        announced.split(' ').filter_map(|key| PublicKey::parse(key).ok()).any(|key| trusted.contains(&key))
+    }
+
     /// Believes a narinfo, or says why not.
     pub fn verify(&self, narinfo: NarInfo) -> Result<TrustedNarInfo, Untrusted> {
         let signed = narinfo.info.is_signed_by(&self.keys(), &self.store_dir);

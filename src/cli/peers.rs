@@ -21,8 +21,11 @@ struct Row {
     url: String,
     source: String,
     peernix_version: String,
+    public_key: String,
+    public_key_is_trusted: Option<bool>,
     known_for_seconds: u64,
     last_seen_seconds_ago: Option<f64>,
+    successes: u64,
     failures: u64,
     paused: bool,
     latency_ms: Option<f64>,
@@ -38,8 +41,19 @@ pub(super) fn peers(url: &str) -> anyhow::Result<()> {
         writeln!(out, "{NOBODY}")?;
         return Ok(());
     }
-    let head =
-        ["PEER", "URL", "FOUND BY", "VERSION", "KNOWN FOR", "SEEN", "ANSWERS IN", "DELIVERS", "FAILED"];
+    let head = [
+        "KEY",
+        "TRUSTED",
+        "URL",
+        "FOUND BY",
+        "VERSION",
+        "KNOWN FOR",
+        "SEEN",
+        "ANSWERS IN",
+        "DELIVERS",
+        "FAILED",
+        "ID",
+    ];
     let mut table = vec![head.map(str::to_owned)];
     table.extend(rows.iter().map(cells));
     let widths: Vec<usize> = (0..head.len())
@@ -52,23 +66,41 @@ pub(super) fn peers(url: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn cells(row: &Row) -> [String; 9] {
-    let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
-    let version = Some(row.peernix_version.clone()).filter(|version| !version.is_empty());
+fn cells(row: &Row) -> [String; 11] {
+    let or_dash =
+        |text: Option<String>| text.filter(|text| !text.is_empty()).unwrap_or_else(|| "-".to_owned());
+    let trusted =
+        row.public_key_is_trusted.map(|is_trusted| if is_trusted { "yes" } else { "no" }.to_owned());
     [
-        row.id.clone(),
+        or_dash(Some(key_names(&row.public_key))),
+        or_dash(trusted),
         row.url.clone(),
         row.source.clone(),
-        or_dash(version),
+        or_dash(Some(row.peernix_version.clone())),
         humantime::format_duration(Duration::from_secs(row.known_for_seconds)).to_string(),
-        row.last_seen_seconds_ago.map_or_else(|| "never".to_owned(), |ago| format!("{ago:.0}s ago")),
+        seen(row),
         or_dash(row.latency_ms.map(|ms| format!("{ms:.1} ms"))),
         or_dash(row.bytes_per_second.map(speed)),
         format!("{}{}", row.failures, if row.paused { ", paused" } else { "" }),
+        // Who announces nothing is known by its URL alone.
+        or_dash((row.id != row.url).then(|| row.id.clone())),
     ]
 }
 
-/// A small NAR takes as long as the question, and measures next to nothing.
+/// The names of keys, which tell the host: a key that peernix made is named after it, and its address may change.
+fn key_names(keys: &str) -> String {
+    let names = keys.split(' ').filter_map(|key| key.split_once(':'));
+    names.map(|(name, _)| name).collect::<Vec<_>>().join(" ")
+}
+
+fn seen(row: &Row) -> String {
+    match row.last_seen_seconds_ago {
+        Some(ago) => format!("{ago:.0}s ago"),
+        None if row.successes + row.failures == 0 => "not asked yet".to_owned(),
+        None => "never".to_owned(),
+    }
+}
+
 fn speed(bytes_per_second: f64) -> String {
     if bytes_per_second < 1e6 {
         format!("{:.0} KB/s", (bytes_per_second / 1e3).ceil())
@@ -109,6 +141,27 @@ fn told(url: &str, error: &reqwest::Error) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_peer_is_shown_by_its_keys_and_whether_they_are_trusted() {
+        let row = serde_json::json!({
+            "id": "0123456789abcdef", "url": "http://[fe80::1%2]:9999/nix-cache", "source": "announced",
+            "peernix_version": "", "public_key": "host-1:AAAA other-2:BBBB", "public_key_is_trusted": false,
+            "known_for_seconds": 1, "last_seen_seconds_ago": null, "successes": 0, "failures": 0, "paused": false,
+            "latency_ms": null, "bytes_per_second": null,
+        });
+        let shown = cells(&serde_json::from_value(row.clone()).unwrap());
+        assert_eq!((&*shown[0], &*shown[1]), ("host-1 other-2", "no"));
+        assert_eq!((&*shown[4], &*shown[6], &*shown[8]), ("-", "not asked yet", "-"));
+        // A cache that announces nothing, and never answered.
+        let mut silent = row;
+        silent["public_key"] = "".into();
+        silent["public_key_is_trusted"] = serde_json::Value::Null;
+        silent["id"] = silent["url"].clone();
+        silent["failures"] = 1.into();
+        let shown = cells(&serde_json::from_value(silent).unwrap());
+        assert_eq!((&*shown[0], &*shown[1], &*shown[6], &*shown[10]), ("-", "-", "never", "-"));
+    }
 
     #[test]
     fn whoever_delivered_something_is_never_shown_with_nothing() {

@@ -17,8 +17,11 @@ struct PeerReport {
     nix_version: String,
     platform: String,
     features: Vec<String>,
-    /// Shown, never trusted.
+    /// Shown, never trusted for being announced.
     public_key: String,
+    /// Whether this host trusts that key, or one of them: otherwise nothing that was built there is copied. `null` for one
+    /// that announces no key.
+    public_key_is_trusted: Option<bool>,
     known_for_seconds: u64,
     /// `null` for one that was never heard of.
     last_seen_seconds_ago: Option<f64>,
@@ -48,7 +51,8 @@ struct Status {
 /// All peers.
 pub(super) fn peers(resolver: &Resolver) -> String {
     let now = Instant::now();
-    let reports: Vec<PeerReport> = resolver.peers().all().into_iter().map(|peer| report(peer, now)).collect();
+    let reports: Vec<PeerReport> =
+        resolver.peers().all().into_iter().map(|peer| report(peer, resolver, now)).collect();
     to_json(&reports)
 }
 
@@ -79,8 +83,10 @@ pub(super) fn health(resolver: &Resolver) -> (&'static str, String) {
     }
 }
 
-fn report(peer: Peer, now: Instant) -> PeerReport {
+fn report(peer: Peer, resolver: &Resolver, now: Instant) -> PeerReport {
+    let key = &peer.announce.public_key;
     PeerReport {
+        public_key_is_trusted: (!key.is_empty()).then(|| resolver.trust().trusts_any(key)),
         paused: peer.is_paused(now),
         id: peer.id.to_string(),
         url: peer.url,

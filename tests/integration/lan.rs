@@ -47,6 +47,16 @@ fn paths_of_two_hosts_are_realised_on_a_third_that_was_told_nothing_but_keys() {
 
     // Nobody trusts the builders yet: the paths are there, and not passed on.
     assert_eq!(ask(&three, &narinfo_of(&first)).0, 404);
+    let is_shown = |trusted: &str| {
+        let table = crate::support::text(three.command(PROGRAM).arg("peers"));
+        assert_eq!(table.lines().count(), 3, "{table}");
+        for host in [&one, &two] {
+            let name = key(host).split_once(':').unwrap().0.to_owned();
+            let mut rows = table.lines().map(str::split_whitespace).map(Iterator::collect::<Vec<_>>);
+            assert!(rows.any(|row| row[..2] == [&*name, trusted]), "{name}, {trusted}: {table}");
+        }
+    };
+    is_shown("no");
     three.configure(&format!(
         "{SUBSTITUTER}trusted-public-keys = {} {} {}",
         key(&one),
@@ -61,8 +71,7 @@ fn paths_of_two_hosts_are_realised_on_a_third_that_was_told_nothing_but_keys() {
     succeed(three.command("nix-store").args(["--verify", "--check-contents"]));
     let (_, peers) = ask(&three, "api/v1/peers");
     assert!(peers.contains("\"source\"") && peers.contains("10.77.0.1"), "{peers}");
-    let table = crate::support::text(three.command(PROGRAM).arg("peers"));
-    assert_eq!(table.lines().count(), 3, "{table}");
+    is_shown("yes");
     drop(daemons);
 }
 
