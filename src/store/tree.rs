@@ -5,6 +5,7 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
 use thiserror::Error;
@@ -38,6 +39,8 @@ pub enum TreeError {
 /// From so many directories in one on, they are read at the same time: fewer would not pay for the threads.
 const MANY: usize = 32;
 const MOST_THREADS: usize = 4;
+/// A thread takes so many directories at a time.
+const SHARE: usize = 8;
 
 /// One entry that waits for its turn.
 enum Pending {
@@ -99,15 +102,23 @@ fn read_ahead(found: &mut [Pending], place: &Path) -> Result<(), TreeError> {
         return Ok(());
     }
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
-    let share = directories.len().div_ceil(threads);
-    let read = |share: &mut [(PathBuf, &mut Option<Vec<Pending>>)]| {
-        share.iter_mut().try_for_each(|(path, read)| entries(path).map(|found| **read = Some(found)))
-    };
+    on_threads(threads, &mut directories, |(path, read)| entries(path).map(|found| **read = Some(found)))
+}
+
+/// Does each item, on at most so many threads, this one among them. Whatever the system refuses to start, the others do.
+fn on_threads<T: Send>(
+    threads: usize,
+    items: &mut [T],
+    work: impl Fn(&mut T) -> Result<(), TreeError> + Sync,
+) -> Result<(), TreeError> {
+    let shares = Mutex::new(items.chunks_mut(SHARE));
+    let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || std::iter::from_fn(next).flatten().try_for_each(&work);
     std::thread::scope(|scope| {
-        let mut shares = directories.chunks_mut(share);
-        let first = shares.next();
-        let others: Vec<_> = shares.map(|share| scope.spawn(move || read(share))).collect();
-        let mut done = first.map_or(Ok(()), read);
+        let others = (1..threads).map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok());
+        // Collected: all are to begin before this one does.
+        let others: Vec<_> = others.collect();
+        let mut done = work();
         for other in others {
             // It does not panic; if it did, nothing would be read ahead.
             done = done.and(other.join().unwrap_or(Ok(())));
@@ -178,4 +189,28 @@ pub(super) fn file_meta(stat: &Stat) -> FileMeta {
 
 fn io(path: &Path, source: rustix::io::Errno) -> TreeError {
     TreeError::Io { path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_is_done_once_on_however_many_threads() {
+        for threads in [1, 2, 7] {
+            let mut items = vec![0; 1000];
+            let work = |item: &mut i32| {
+                *item += 1;
+                Ok(())
+            };
+            on_threads(threads, &mut items, work).unwrap();
+            assert!(items.iter().all(|item| *item == 1), "{threads}");
+        }
+        let fails = |item: &mut i32| match *item {
+            77 => Err(TreeError::Kind(PathBuf::new())),
+            _ => Ok(()),
+        };
+        let mut items: Vec<i32> = (0..100).collect();
+        assert!(on_threads(2, &mut items, fails).is_err());
+    }
 }
