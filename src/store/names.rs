@@ -89,8 +89,9 @@ impl Names {
 
     /// Whether the directory has no such name. False also where only a scan could tell.
     pub(super) fn lacks(&self, hash: &StorePathHash) -> bool {
-        let is_stale = self.take_in_events();
-        !is_stale && !self.names.read().unwrap_or_else(PoisonError::into_inner).contains_key(hash)
+        // After a scan that failed nothing is scanned for a while, which is no answer: the names may be old, or none yet.
+        let can_tell = !self.take_in_events() && !self.watch().stale;
+        can_tell && !self.names.read().unwrap_or_else(PoisonError::into_inner).contains_key(hash)
     }
 
     /// The hash parts of all names, and the number of the last gain among them. `None`: the directory was never read.
@@ -443,10 +444,28 @@ mod tests {
         std::fs::write(&store, "no directory").unwrap();
         assert!(names.find(&hash).await.is_some());
         assert!(names.watch().stale);
+        assert!(!names.lacks(&StorePathHash::parse("1".repeat(32).as_bytes()).unwrap()));
         std::fs::remove_file(&store).unwrap();
         std::fs::rename(&aside, &store).unwrap();
         std::fs::remove_file(store.join(format!("{part}-text"))).unwrap();
         names.watch().failed = None;
         assert!(names.find(&hash).await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_directory_that_was_never_read_lacks_nothing() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = folder.path().join("store");
+        std::fs::write(&store, "no directory").unwrap();
+        let hash = StorePathHash::parse("0".repeat(32).as_bytes()).unwrap();
+        let names = Arc::new(Names::new(store.clone(), Metrics::new().store, mpsc::channel(1).0));
+        assert!(!names.lacks(&hash));
+        assert!(names.find(&hash).await.is_none());
+        assert!(!names.lacks(&hash), "the scan failed");
+        std::fs::remove_file(&store).unwrap();
+        std::fs::create_dir(&store).unwrap();
+        names.watch().failed = None;
+        assert!(names.find(&hash).await.is_none());
+        assert!(names.lacks(&hash));
     }
 }
