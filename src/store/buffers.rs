@@ -9,8 +9,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 pub(super) const CHUNK: usize = 256 * 1024;
 /// Buffers that are kept for the next chunk; fresh ones cost half as much again.
 const POOL: usize = 32;
-/// Chunks that all streams together may read at the same time, besides the one that each may have under way. Each takes a
-/// thread, a buffer and two descriptors.
+/// Chunks that all streams together may read, or have read and not given out, besides the one that each may have under way.
+/// Each takes a buffer, and while it is read a thread and two descriptors.
 const READ_AHEAD: usize = 32;
 
 /// Buffers of one size that are used again.
@@ -47,6 +47,11 @@ impl BufferPool {
     /// A place to read one more chunk ahead, if there is one.
     pub(super) fn place_ahead(&self) -> Option<OwnedSemaphorePermit> {
         Arc::clone(&self.ahead).try_acquire_owned().ok()
+    }
+
+    #[cfg(test)]
+    pub(super) fn places_ahead(&self) -> usize {
+        self.ahead.available_permits()
     }
 }
 

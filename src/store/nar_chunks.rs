@@ -32,12 +32,12 @@ pub(super) struct NarChunks {
     /// In the order of the NAR.
     tasks: VecDeque<JoinHandle<Filled>>,
     pool: BufferPool,
-    copy: Option<Copy>,
+    copy: Option<CopiedTo>,
 }
 
 /// Where each chunk is written to as well, from its place on.
 #[derive(Clone, Debug)]
-struct Copy {
+struct CopiedTo {
     file: Arc<File>,
     at: u64,
 }
@@ -47,6 +47,8 @@ struct Filled {
     chunk: Result<Bytes, NarReadError>,
     /// Comes back with the file that it has open.
     rest: Option<Box<NarReader>>,
+    /// Held until the chunk is taken: one that waits for a slow reader takes its buffer as one that is being read does.
+    place: Option<OwnedSemaphorePermit>,
 }
 
 impl NarChunks {
@@ -56,7 +58,7 @@ impl NarChunks {
 
     /// Writes each chunk into the file too, before it is given out.
     pub(super) fn copied_to(mut self, file: Arc<File>) -> Self {
-        self.copy = Some(Copy { file, at: 0 });
+        self.copy = Some(CopiedTo { file, at: 0 });
         self
     }
 
@@ -77,9 +79,10 @@ impl NarChunks {
         let Some(first) = self.tasks.front_mut() else { return Poll::Ready(None) };
         let done = ready!(Pin::new(first).poll(context));
         self.tasks.pop_front();
-        let Ok(Filled { chunk, rest }) = done else {
+        let Ok(Filled { chunk, rest, place }) = done else {
             return Poll::Ready(Some(Err(NarReadError::Stopped)));
         };
+        drop(place);
         self.rest = rest.or(self.rest.take());
         if chunk.is_ok() {
             // The next ones are filled while this one is sent.
@@ -149,25 +152,56 @@ impl NarChunks {
         };
         let pool = self.pool.clone();
         self.tasks.push_back(spawn_blocking(move || {
-            let _place = place;
             let mut buffer = pool.take();
             let filled = part.fill(&mut buffer).and_then(|filled| {
                 copy.map_or(Ok(()), |copy| copy.write(&buffer[..filled]))?;
                 Ok(filled)
             });
             let chunk = filled.map(|filled| pool.share(buffer, filled));
-            Filled { chunk, rest: reads_on.then_some(part) }
+            Filled { chunk, rest: reads_on.then_some(part), place }
         }));
         true
     }
 }
 
-impl Copy {
+impl CopiedTo {
     fn write(&self, bytes: &[u8]) -> Result<(), NarReadError> {
         let failed = |error: std::io::Error| NarReadError::Io {
             path: PathBuf::from("the copy of the NAR"),
             source: Errno::from_io_error(&error).unwrap_or(Errno::IO),
         };
         self.file.write_all_at(bytes, self.at).map_err(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+
+    use super::super::tree::lay_out;
+    use super::*;
+
+    #[tokio::test]
+    async fn a_chunk_keeps_its_place_until_it_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        for file in 0..400 {
+            std::fs::write(folder.path().join(format!("f{file}")), vec![b'x'; 5000]).unwrap();
+        }
+        let layout = Arc::new(lay_out(folder.path()).unwrap());
+        let (len, pool) = (layout.len(), BufferPool::default());
+        let free = pool.places_ahead();
+        let mut chunks =
+            NarChunks::new(NarReader::new(folder.path().to_owned(), layout, 0..len), pool.clone());
+        let first = poll_fn(|context| chunks.poll_next(context)).await.unwrap().unwrap();
+        assert!(!first.is_empty());
+        while !chunks.tasks.iter().all(JoinHandle::is_finished) {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!((chunks.tasks.len(), free - pool.places_ahead()), (AT_ONCE, AT_ONCE));
+        let mut read = first.len() as u64;
+        while let Some(chunk) = poll_fn(|context| chunks.poll_next(context)).await {
+            read += chunk.unwrap().len() as u64;
+        }
+        assert_eq!((read, pool.places_ahead()), (len, free));
     }
 }
