@@ -16,14 +16,18 @@ use crate::cache::Spools;
 use crate::config::{Config, ConfigError};
 use crate::http::{BindError, Listeners, Server};
 use crate::metrics::Metrics;
-use crate::peer::{Announce, Discovery, FEATURE_GAINED, FEATURE_HOLDINGS, Listening, LocalPaths, Peers};
+use crate::peer::{
+    Announce, Discovery, FEATURE_GAINED, FEATURE_HOLDINGS, Listening, LocalPaths, MAX_GAINS, Peers,
+};
 use crate::resolve::{Parts, Resolver, Share};
 use crate::signing::{Signer, SigningError};
-use crate::store::{NarCopies, OpenError, Store, StoreState};
+use crate::store::{KEPT_GAINS, NarCopies, OpenError, Store, StoreState};
 use crate::trust::Trust;
 
 /// Gained paths that wait to be told to peers.
 const GAINS: usize = 4096;
+/// What the store keeps is what peers may be told at once.
+const _: () = assert!(KEPT_GAINS == MAX_GAINS);
 /// How long Nix may take to tell its version.
 const VERSION_TIME: Duration = Duration::from_secs(5);
 /// How long what is asked of Nix besides waits for the first `nix-store` to answer.

@@ -6,8 +6,9 @@ use std::collections::VecDeque;
 
 use crate::nix::StorePathHash;
 
-/// Gains that are kept; who knows less than these has to be told everything.
-const KEPT: usize = 16 * 1024;
+/// Gains that are kept; who knows less than these has to be told everything. As many as are told at once: more would be kept
+/// for nobody.
+pub const KEPT_GAINS: usize = 4096;
 
 /// The last gains.
 #[derive(Debug, Default)]
@@ -19,7 +20,7 @@ pub(super) struct Gains {
 
 impl Gains {
     pub(super) fn add(&mut self, hash: StorePathHash) {
-        if self.kept.len() >= KEPT {
+        if self.kept.len() >= KEPT_GAINS {
             self.kept.pop_front();
         }
         self.kept.push_back(hash);
@@ -52,12 +53,15 @@ mod tests {
         let mut gains = Gains::default();
         assert_eq!(gains.since(0), Some(Vec::new()));
         assert_eq!(gains.since(1), None);
-        for number in 1..=KEPT + 10 {
+        for number in 1..=KEPT_GAINS + 10 {
             gains.add(hash(number));
         }
-        assert_eq!(gains.number(), KEPT as u64 + 10);
-        assert_eq!(gains.since(KEPT as u64 + 8), Some(vec![hash(KEPT + 9), hash(KEPT + 10)]));
-        assert_eq!(gains.since(10).map(|all| all.len()), Some(KEPT));
-        assert_eq!((gains.since(9), gains.since(KEPT as u64 + 11)), (None, None));
+        assert_eq!(gains.number(), KEPT_GAINS as u64 + 10);
+        assert_eq!(
+            gains.since(KEPT_GAINS as u64 + 8),
+            Some(vec![hash(KEPT_GAINS + 9), hash(KEPT_GAINS + 10)])
+        );
+        assert_eq!(gains.since(10).map(|all| all.len()), Some(KEPT_GAINS));
+        assert_eq!((gains.since(9), gains.since(KEPT_GAINS as u64 + 11)), (None, None));
     }
 }

@@ -33,6 +33,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 pub use build_log::LogError;
 pub use child::ChildError;
 pub use file_span::FileSpan;
+pub use gains::KEPT_GAINS;
 pub use known::KnownPath;
 pub use leases::{Lease, StoreState};
 pub use nar_copies::NarCopies;
