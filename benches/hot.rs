@@ -111,7 +111,8 @@ fn stream(c: &mut Criterion, name: &str, fill: impl Fn(&Path)) {
     let options = peernix::store::Options { root: Some(root.path().to_owned()), ..Default::default() };
     let metrics = peernix::metrics::Metrics::new();
     let _entered = runtime.enter();
-    let (copies, gained) = (peernix::store::NarCopies::new(None, 0), tokio::sync::mpsc::channel(1).0);
+    let copies = peernix::store::NarCopies::new(None, 0, &metrics.store);
+    let gained = tokio::sync::mpsc::channel(1).0;
     let (store, _task) =
         peernix::store::Store::open(options, copies, &metrics.store, gained).expect("a store");
     let part = StorePathHash::parse("0".repeat(32).as_bytes()).expect("a hash part");

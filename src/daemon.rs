@@ -90,7 +90,8 @@ impl Daemon {
         let addresses = listeners.addresses();
         let metrics = Metrics::new();
         let (gained, gains) = mpsc::channel(GAINS);
-        let copies = NarCopies::new(config.state.directory().ok(), config.limits.nar_copies.as_u64());
+        let nar_copies = config.limits.nar_copies.as_u64();
+        let copies = NarCopies::new(config.state.directory().ok(), nar_copies, &metrics.store);
         let (store, store_task) = Store::open(config.store.clone(), copies, &metrics.store, gained)?;
         let state = config.state.directory().map(make_folder);
         let (signer, state) = match configured {

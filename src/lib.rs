@@ -47,7 +47,8 @@
 //! The URL has the hash part and NarHash, which is enough days later too. `store::tree` lays the tree out from metadata
 //! ([`nix::layout`]), so length and ranges are known before a file is read; `store::nar_reader` reads the files by that
 //! layout, `store::nar_chunks` several chunks at once where files are small, and `store::nar_stream` makes it a stream that holds the
-//! lease. A NAR of many small files is read once, into a copy that all who ask follow (`store::nar_copies`).
+//! lease. A NAR of many small files is read once, into a copy that all who ask follow (`store::nar_copies`,
+//! `store::nar_copy`).
 //! Contents that are in memory and long enough are not read at all: the kernel sends them (`store::file_span`,
 //! `http::file_socket`).
 //!

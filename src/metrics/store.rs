@@ -19,6 +19,10 @@ pub struct StoreMetrics {
     pub scans: Counter,
     /// Names in the store directory.
     pub names: Gauge,
+    /// NARs and ranges that were read from a copy instead of their trees.
+    pub nars_from_copies: Counter,
+    /// What copies take on the disk, in bytes.
+    pub nar_copies_bytes: Gauge,
 }
 
 pub(super) fn register(registry: &mut Registry, store: &StoreMetrics) {
@@ -34,4 +38,8 @@ pub(super) fn register(registry: &mut Registry, store: &StoreMetrics) {
     registry.register("store_scans", help, store.scans.clone());
     let help = "Names in the store directory";
     registry.register("store_names", help, store.names.clone());
+    let help = "NARs and ranges of them that were read from a copy";
+    registry.register("nars_from_copies", help, store.nars_from_copies.clone());
+    let help = "Disk that copies of NARs take";
+    registry.register("nar_copies_bytes", help, store.nar_copies_bytes.clone());
 }

@@ -1,6 +1,6 @@
 //! A part of an open file that the kernel may send as it is, without a copy through this process.
 
-use std::fs::File;
+use std::fmt::Debug;
 use std::io::{self, IoSliceMut};
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -13,10 +13,15 @@ const LONGEST: u64 = 1024 * 1024;
 /// A shorter one costs more in system calls than a copy of it.
 const SHORTEST: u64 = 64 * 1024;
 
+/// A file that is open, and whatever goes with it.
+trait OpenFile: AsFd + Debug + Send + Sync {}
+
+impl<T: AsFd + Debug + Send + Sync> OpenFile for T {}
+
 /// A part of a file. It is there as long as this is, even if the file is deleted.
 #[derive(Debug)]
 pub struct FileSpan {
-    file: Arc<File>,
+    file: Arc<dyn OpenFile>,
     range: Range<u64>,
 }
 
@@ -25,14 +30,17 @@ impl FileSpan {
     pub const LONGEST: usize = LONGEST as usize;
 
     /// The beginning of this range, if that is worth it and in memory: who sends may not wait for the disk.
-    pub(super) fn in_memory(file: &Arc<File>, range: Range<u64>) -> Option<Self> {
+    pub(super) fn in_memory<F>(file: &Arc<F>, range: Range<u64>) -> Option<Self>
+    where
+        F: AsFd + Debug + Send + Sync + 'static,
+    {
         let range = range.start..range.end.min(range.start + LONGEST);
         if range.end < range.start + SHORTEST {
             return None;
         }
         // What lies between came with one of them: files are read in order, and the kernel reads ahead.
-        let both = is_in_memory(file, range.start) && is_in_memory(file, range.end - 1);
-        both.then(|| Self { file: Arc::clone(file), range })
+        let both = is_in_memory(&**file, range.start) && is_in_memory(&**file, range.end - 1);
+        both.then(|| Self { file: file.clone(), range })
     }
 
     /// Bytes that are still to be sent.
@@ -51,7 +59,7 @@ impl FileSpan {
     /// [`io::ErrorKind::UnexpectedEof`], and a socket that is full [`io::ErrorKind::WouldBlock`].
     pub fn send(&mut self, socket: impl AsFd, at_most: usize) -> io::Result<usize> {
         let len = self.len().min(at_most);
-        let sent = rustix::fs::sendfile(socket, &self.file, Some(&mut self.range.start), len)?;
+        let sent = rustix::fs::sendfile(socket, &*self.file, Some(&mut self.range.start), len)?;
         if sent == 0 && len > 0 {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file became shorter"));
         }
@@ -59,7 +67,7 @@ impl FileSpan {
     }
 }
 
-fn is_in_memory(file: &File, at: u64) -> bool {
+fn is_in_memory(file: impl AsFd, at: u64) -> bool {
     let mut byte = [0];
     // A file system that can't say is one that has to be waited for.
     let read = rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT);

@@ -15,6 +15,7 @@ mod leases;
 mod names;
 mod nar_chunks;
 mod nar_copies;
+mod nar_copy;
 mod nar_reader;
 mod nar_stream;
 mod options;
@@ -143,7 +144,10 @@ impl Store {
         }
         let store_dir = StoreDir::default();
         let names = Arc::new(Names::new(directory, metrics.clone(), gained));
-        let follower = tokio::spawn(Arc::clone(&names).follow());
+        let (follow, sweep) = (Arc::clone(&names).follow(), copies.clone().sweep());
+        let follower = tokio::spawn(async move {
+            tokio::join!(follow, sweep);
+        });
         let (leases, task) = lease_office::open(options.clone(), store_dir.clone(), metrics.clone());
         let known = KnownPaths::new(options.remember.as_u64());
         let pool = BufferPool::default();
@@ -301,7 +305,7 @@ impl Store {
         // Before the tree is looked at: a lease that ends meanwhile would let it be deleted underneath.
         let lease = known.lease();
         let layout = self.layout(known).await?;
-        let copy = self.0.copies.of(known, &layout, range.start, &self.0.pool);
+        let copy = self.0.copies.of(known, &layout, &range, &self.0.pool);
         Ok(NarStream::new(self.clone(), known, layout, range, lease, copy))
     }
 

@@ -5,8 +5,6 @@
 //! them takes most of the time: then several chunks are read at once.
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,6 +17,7 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::buffers::{BufferPool, CHUNK};
 use super::file_span::FileSpan;
+use super::nar_copy::CopyFile;
 use super::nar_reader::{NarReadError, NarReader};
 
 /// Chunks of one NAR that are read at the same time.
@@ -38,7 +37,7 @@ pub(super) struct NarChunks {
 /// Where each chunk is written to as well, from its place on.
 #[derive(Clone, Debug)]
 struct CopiedTo {
-    file: Arc<File>,
+    file: Arc<CopyFile>,
     at: u64,
 }
 
@@ -57,7 +56,7 @@ impl NarChunks {
     }
 
     /// Writes each chunk into the file too, before it is given out.
-    pub(super) fn copied_to(mut self, file: Arc<File>) -> Self {
+    pub(super) fn copied_to(mut self, file: Arc<CopyFile>) -> Self {
         self.copy = Some(CopiedTo { file, at: 0 });
         self
     }

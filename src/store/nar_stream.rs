@@ -16,12 +16,13 @@ use super::file_span::FileSpan;
 use super::known::KnownPath;
 use super::leases::Lease;
 use super::nar_chunks::NarChunks;
-use super::nar_copies::{Gone, NarCopy};
+use super::nar_copy::{CopyReader, Gone};
 use super::nar_reader::{NarReadError, NarReader};
 use crate::nix::StorePathHash;
 use crate::nix::layout::NarLayout;
 
-/// The bytes of a NAR, or of a range of it. Dropping it midway frees everything.
+/// The bytes of a NAR, or of a range of it. Dropping it midway frees everything but a copy that is being made: that goes on
+/// for some seconds, for whoever comes next.
 pub struct NarStream {
     source: Source,
     /// What is still to come.
@@ -36,7 +37,7 @@ pub struct NarStream {
 
 enum Source {
     /// With its chunks from where the stream is, once they were asked for.
-    Copy(Arc<NarCopy>, Option<BoxStream<'static, Result<Bytes, Gone>>>),
+    Copy(CopyReader, Option<BoxStream<'static, Result<Bytes, Gone>>>),
     Tree(NarChunks),
     Ended,
 }
@@ -48,7 +49,7 @@ impl NarStream {
         layout: Arc<NarLayout>,
         range: Range<u64>,
         lease: Option<Lease>,
-        copy: Option<Arc<NarCopy>>,
+        copy: Option<CopyReader>,
     ) -> Self {
         let (real, hash) = (known.real.clone(), known.info.hash());
         let mut stream = Self { source: Source::Ended, range, real, layout, store, hash, _lease: lease };

@@ -10,10 +10,14 @@ use futures_util::FutureExt as _;
 use peernix::cache::{Begin, Piece, SpoolReader, SpoolWriter, Spools};
 use peernix::nix::NarHash;
 
-use crate::support::eventually;
+use crate::nar::many_small_files;
+use crate::narinfo::{field, narinfo};
+use crate::support::daemon::Daemon;
 use crate::support::host::namespaces;
 use crate::support::http::get;
 use crate::support::scripted::{ask, honest, relaying};
+use crate::support::store::{Store, isolated};
+use crate::support::{eventually, succeed};
 
 const LARGE: usize = 20 << 20;
 const CHUNK: usize = 64 << 10;
@@ -174,4 +178,27 @@ fn clients_of_a_daemon_whose_disk_gets_full_get_all_of_it_and_the_space_comes_ba
     eventually("the space is back", || (disk.free() == before).then_some(()));
     assert_eq!(daemon.metric("peernix_relay_failovers_total"), 0.0);
     assert!(get(&url).bytes() == honest.nar);
+}
+
+#[test]
+fn nars_that_are_copied_to_a_disk_that_gets_full_are_the_same_and_the_space_comes_back() {
+    let (disk, store) = (SmallDisk::new(), Store::new());
+    let paths: Vec<String> = (0..3).map(|number| many_small_files(&store, number)).collect();
+    let daemon = Daemon::serve(store.root(), &format!("[state]\ndirectory = {:?}", disk.path));
+    let before = disk.free();
+    for (number, path) in paths.iter().enumerate() {
+        let expected = succeed(isolated("nix-store", store.root()).arg("--dump").arg(store.real(path)));
+        let url = daemon.url(&format!("nix-cache/{}", field(&narinfo(&daemon, path), "URL").unwrap()));
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| assert!(get(&url).bytes() == expected));
+            }
+        });
+        eventually("the space is back", || (disk.free() == before).then_some(()));
+        // The disk is as full for the next ones, which are not even begun.
+        let said = daemon.logged("a NAR can't be copied; none is for a while");
+        assert_eq!(said.len(), 1, "{number}");
+        assert_eq!(daemon.metric("peernix_nar_copies_bytes"), 0.0);
+    }
+    assert_eq!(daemon.metric("peernix_http_nar_cuts_total"), 0.0);
 }

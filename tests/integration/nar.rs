@@ -103,10 +103,9 @@ fn every_kind_of_tree_is_what_nix_dumps() {
     }
 }
 
-#[test]
-fn a_nar_of_many_small_files_is_the_same_to_all_who_ask_with_and_without_a_copy() {
-    let store = Store::new();
-    let path = format!("/nix/store/{}-many", "4".repeat(32));
+/// A path of 4,000 files that come to 6.4 MB.
+pub fn many_small_files(store: &Store, number: u32) -> String {
+    let path = format!("/nix/store/{}-many", number.to_string().repeat(32));
     for folder in 0..40 {
         let folder = store.real(&path).join(format!("d{folder}"));
         fs::create_dir_all(&folder).unwrap();
@@ -114,21 +113,69 @@ fn a_nar_of_many_small_files_is_the_same_to_all_who_ask_with_and_without_a_copy(
             fs::write(folder.join(format!("f{file}")), format!("{file}").repeat(900 + file)).unwrap();
         }
     }
-    register(&store, &path);
+    register(store, &path);
+    path
+}
+
+#[test]
+fn a_nar_of_many_small_files_is_the_same_to_all_who_ask_with_and_without_a_copy() {
+    let store = Store::new();
+    let path = many_small_files(&store, 4);
     let expected = dump(&store, &path);
-    // Copied, not copied, and no room for a copy.
-    for settings in ["", "[limits]\nnar_copies = \"0 B\"", "[limits]\nnar_copies = \"16 MiB\""] {
-        let daemon = Daemon::serve(store.root(), settings);
+    // Copied, not copied, and no room for a copy; much room is no reason to copy less.
+    let settings = [("", true), ("0 B", false), ("16 MiB", false), ("64 MiB", true), ("8 GiB", true)];
+    for (room, copied) in settings {
+        let limit = if room.is_empty() { String::new() } else { format!("[limits]\nnar_copies = {room:?}") };
+        let daemon = Daemon::serve(store.root(), &limit);
         let url = nar_url(&daemon, &path);
+        // A part alone is read from the tree, and makes no copy.
+        assert!(get_with(&url, &[("Range", "bytes=0-99")]).bytes() == expected[..100], "{room}");
+        assert_eq!(daemon.metric("peernix_nar_copies_bytes"), 0.0, "{room}");
         for _ in 0..2 {
             std::thread::scope(|scope| {
                 for _ in 0..6 {
-                    scope.spawn(|| assert!(get(&url).bytes() == expected, "{settings}"));
+                    scope.spawn(|| assert!(get(&url).bytes() == expected, "{room}"));
                 }
             });
             let part = get_with(&url, &[("Range", "bytes=5000001-6000000")]);
-            assert!(part.bytes() == expected[5_000_001..=6_000_000], "{settings}");
+            assert!(part.bytes() == expected[5_000_001..=6_000_000], "{room}");
         }
+        let (served, bytes) = if copied { (14.0, expected.len() as f64) } else { (0.0, 0.0) };
+        assert_eq!(daemon.metric("peernix_nars_from_copies_total"), served, "{room}");
+        assert_eq!(daemon.metric("peernix_nar_copies_bytes"), bytes, "{room}");
+    }
+}
+
+#[test]
+fn copies_take_no_more_room_than_they_may_whoever_still_reads() {
+    let store = Store::new();
+    let paths: Vec<String> = (0..6).map(|at| many_small_files(&store, at)).collect();
+    // Room for four.
+    let daemon = Daemon::serve(store.root(), "[limits]\nnar_copies = \"36 MiB\"");
+    let most = f64::from(36 << 20);
+    let (bytes, from_copies) = ("peernix_nar_copies_bytes", "peernix_nars_from_copies_total");
+    let mut slow: Vec<_> = Vec::new();
+    for path in &paths {
+        let expected = dump(&store, path);
+        let mut answer = get(&nar_url(&daemon, path)).reader();
+        let mut first = vec![0; 1000];
+        answer.read_exact(&mut first).unwrap();
+        assert!(first == expected[..1000]);
+        slow.push((answer, first, expected));
+        assert!(daemon.metric(bytes) <= most);
+    }
+    for (mut answer, mut read, expected) in slow {
+        answer.read_to_end(&mut read).unwrap();
+        assert!(read == expected);
+    }
+    // Nobody reads them any more: they make room for the others.
+    for path in &paths {
+        eventually("it is copied", || {
+            let before = daemon.metric(from_copies);
+            assert!(get(&nar_url(&daemon, path)).bytes() == dump(&store, path));
+            (daemon.metric(from_copies) > before).then_some(())
+        });
+        assert!(daemon.metric(bytes) <= most);
     }
 }
 

@@ -1,0 +1,312 @@
+//! One copy of a NAR: the file, who makes it, and those who follow.
+//!
+//! Knows nothing of other copies. Its bytes are counted from before the file is made until the last who has it open lets it go.
+
+use std::fs::File;
+use std::future::poll_fn;
+use std::io::IoSliceMut;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::{self, BoxStream, StreamExt as _};
+use prometheus_client::metrics::gauge::Gauge;
+use rustix::io::{Errno, ReadWriteFlags};
+use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::task::spawn_blocking;
+use tokio::time::Instant;
+
+use super::buffers::{BufferPool, CHUNK};
+use super::file_span::FileSpan;
+use super::nar_chunks::NarChunks;
+
+/// A copy that nobody has read for so long is not made to its end.
+const LEFT_ALONE: Duration = Duration::from_secs(5);
+
+/// Room on the disk, taken until this is dropped.
+#[derive(Debug)]
+pub(super) struct Room {
+    bytes: i64,
+    taken: Gauge,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Room {
+    /// Of so many bytes, counted in the gauge.
+    pub(super) fn new(bytes: u64, permit: OwnedSemaphorePermit, taken: Gauge) -> Self {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        taken.inc_by(bytes);
+        Self { bytes, taken, _permit: permit }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.taken.dec_by(self.bytes);
+    }
+}
+
+/// A file without a name, and its room: both go when the last who reads or writes it does.
+#[derive(Debug)]
+pub(super) struct CopyFile {
+    file: File,
+    _room: Room,
+}
+
+impl CopyFile {
+    pub(super) fn write_all_at(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {
+        self.file.write_all_at(bytes, at)
+    }
+}
+
+impl AsFd for CopyFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// One copy, whole or in the making.
+#[derive(Debug)]
+pub(super) struct NarCopy {
+    len: u64,
+    /// Closed by a maker that is through, or failed.
+    progress: watch::Receiver<Progress>,
+    readers: AtomicUsize,
+}
+
+/// How far it is. Without a file where none is yet, or not any more.
+#[derive(Clone, Debug, Default)]
+struct Progress {
+    file: Option<Arc<CopyFile>>,
+    /// So many bytes from the beginning are there.
+    ready: u64,
+}
+
+/// The copy has no more than was given out: its maker failed, or it can't be read.
+#[derive(Debug)]
+pub(super) struct Gone;
+
+impl NarCopy {
+    /// A copy that is to be made, and who makes it.
+    pub(super) fn new(len: u64) -> (Arc<Self>, Maker) {
+        let (sender, progress) = watch::channel(Progress::default());
+        let copy = Arc::new(Self { len, progress, readers: AtomicUsize::new(0) });
+        (Arc::clone(&copy), Maker { copy, progress: sender, patience: LEFT_ALONE })
+    }
+
+    /// Whether it can be read from there on now.
+    pub(super) fn reaches(&self, from: u64) -> bool {
+        self.progress.borrow().ready >= from
+    }
+
+    pub(super) fn has_failed(&self) -> bool {
+        // In this order: a maker says that all is there before it leaves.
+        !self.is_in_the_making() && !self.reaches(self.len)
+    }
+
+    /// Whether nobody would miss it.
+    pub(super) fn is_at_rest(&self) -> bool {
+        self.readers.load(Ordering::Acquire) == 0 && !self.is_in_the_making()
+    }
+
+    fn is_in_the_making(&self) -> bool {
+        self.progress.has_changed().is_ok()
+    }
+}
+
+/// How the making of a copy ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Made {
+    Whole,
+    /// Nobody read it.
+    LeftAlone,
+    Failed,
+}
+
+/// Makes one copy. When it is dropped before the end, whatever is there goes, and those who follow read on from the tree.
+#[derive(Debug)]
+pub(super) struct Maker {
+    copy: Arc<NarCopy>,
+    progress: watch::Sender<Progress>,
+    /// How long it goes on for nobody.
+    patience: Duration,
+}
+
+impl Maker {
+    /// Writes the chunks into a file in that folder, at the pace of the disk.
+    pub(super) async fn run(self, folder: PathBuf, chunks: NarChunks, room: Room) -> Made {
+        let shown = folder.clone();
+        let file = match spawn_blocking(move || tempfile::tempfile_in(folder)).await {
+            Ok(Ok(file)) => Arc::new(CopyFile { file, _room: room }),
+            Ok(Err(error)) => {
+                tracing::info!(directory = %shown.display(), %error, "no file for the copy of a NAR can be made; none is copied for a while");
+                return Made::Failed;
+            }
+            Err(_) => return Made::Failed,
+        };
+        let mut chunks = chunks.copied_to(Arc::clone(&file));
+        let (mut ready, mut last_read) = (0, Instant::now());
+        while let Some(chunk) = poll_fn(|context| chunks.poll_next(context)).await {
+            match chunk {
+                Ok(chunk) => ready += chunk.len() as u64,
+                Err(error) => {
+                    tracing::info!(%error, "a NAR can't be copied; none is for a while");
+                    return Made::Failed;
+                }
+            }
+            self.progress.send_replace(Progress { file: Some(Arc::clone(&file)), ready });
+            if self.copy.readers.load(Ordering::Acquire) > 0 {
+                last_read = Instant::now();
+            } else if last_read.elapsed() > self.patience {
+                return Made::LeftAlone;
+            }
+        }
+        Made::Whole
+    }
+}
+
+impl Drop for Maker {
+    fn drop(&mut self) {
+        // A receiver would keep the file open, and its bytes on a disk that may be full.
+        if !self.copy.reaches(self.copy.len) {
+            self.progress.send_replace(Progress::default());
+        }
+    }
+}
+
+/// Somebody who reads a copy, and may be ahead of its maker.
+#[derive(Debug)]
+pub(super) struct CopyReader(Arc<NarCopy>);
+
+impl CopyReader {
+    pub(super) fn new(copy: &Arc<NarCopy>) -> Self {
+        copy.readers.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(copy))
+    }
+
+    /// The beginning of a range, if it is there and need not be read here.
+    pub(super) fn span(&self, range: &Range<u64>) -> Option<FileSpan> {
+        let Progress { file, ready } = self.0.progress.borrow().clone();
+        FileSpan::in_memory(&file?, range.start..range.end.min(ready))
+    }
+
+    /// The chunks of a range, each as soon as it is there.
+    pub(super) fn chunks(
+        &self,
+        range: Range<u64>,
+        pool: BufferPool,
+    ) -> BoxStream<'static, Result<Bytes, Gone>> {
+        let begun = (self.0.progress.clone(), range, pool);
+        stream::try_unfold(begun, |(mut progress, range, pool)| async move {
+            if range.is_empty() {
+                return Ok(None);
+            }
+            let there = progress.wait_for(|progress| progress.ready > range.start).await;
+            let Progress { file, ready } = there.map_err(|_| Gone)?.clone();
+            let file = file.ok_or(Gone)?;
+            let chunk = read(&file, range.start..range.end.min(ready), &pool).await?;
+            let range = range.start + chunk.len() as u64..range.end;
+            Ok(Some((chunk, (progress, range, pool))))
+        })
+        .boxed()
+    }
+}
+
+impl Drop for CopyReader {
+    fn drop(&mut self) {
+        self.0.readers.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// Reads from the beginning of a range: here and now what is in memory, else by a blocking task.
+async fn read(file: &Arc<CopyFile>, range: Range<u64>, pool: &BufferPool) -> Result<Bytes, Gone> {
+    let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX).min(CHUNK);
+    let mut buffer = pool.take();
+    let mut slices = [IoSliceMut::new(&mut buffer[..len])];
+    match rustix::io::preadv2(&**file, &mut slices, range.start, ReadWriteFlags::NOWAIT) {
+        Ok(read) if read > 0 => return Ok(pool.share(buffer, read)),
+        Ok(_) => return Err(Gone),
+        Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR) => {}
+        Err(_) => return Err(Gone),
+    }
+    let (file, pool) = (Arc::clone(file), pool.clone());
+    let read = spawn_blocking(move || {
+        file.file.read_exact_at(&mut buffer[..len], range.start).map(|()| pool.share(buffer, len))
+    });
+    read.await.map_err(|_| Gone)?.map_err(|_| Gone)
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Semaphore;
+
+    use super::super::nar_reader::NarReader;
+    use super::super::tree::lay_out;
+    use super::*;
+
+    /// A copy of a tree, its gauge, and its making, which goes on for nobody.
+    fn begun(tree: &std::path::Path) -> (Arc<NarCopy>, Gauge, impl Future<Output = Made> + Send + use<>) {
+        std::fs::create_dir(tree).unwrap();
+        for file in 0..400 {
+            std::fs::write(tree.join(format!("f{file}")), vec![b'x'; 5000]).unwrap();
+        }
+        let layout = Arc::new(lay_out(tree).unwrap());
+        let (len, taken) = (layout.len(), Gauge::default());
+        let reader = NarReader::new(tree.to_owned(), layout, 0..len);
+        let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let room = Room::new(len, permit, taken.clone());
+        let (copy, mut maker) = NarCopy::new(len);
+        maker.patience = Duration::ZERO;
+        let folder = tree.parent().unwrap().to_owned();
+        let chunks = NarChunks::new(reader, BufferPool::default());
+        (copy, taken, maker.run(folder, chunks, room))
+    }
+
+    async fn until_free(taken: &Gauge) {
+        while taken.get() > 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_nobody_reads_is_not_made_and_one_that_somebody_reads_is() {
+        let folder = tempfile::tempdir().unwrap();
+        for is_read in [false, true] {
+            let (copy, taken, made) = begun(&folder.path().join(format!("{is_read}")));
+            let reader = is_read.then(|| CopyReader::new(&copy));
+            let expected = if is_read { Made::Whole } else { Made::LeftAlone };
+            assert_eq!((made.await, copy.has_failed()), (expected, !is_read));
+            drop((reader, copy));
+            // Chunks that were being read ahead are still written.
+            until_free(&taken).await;
+        }
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_made_takes_no_room_and_its_readers_are_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let tree = folder.path().join("tree");
+        let (copy, taken, made) = begun(&tree);
+        let reader = CopyReader::new(&copy);
+        let mut chunks = reader.chunks(0..copy.len, BufferPool::default());
+        // The last one of the NAR.
+        std::fs::remove_file(tree.join("f99")).unwrap();
+        let read = async {
+            let mut read = 0;
+            while let Some(Ok(chunk)) = chunks.next().await {
+                read += chunk.len() as u64;
+            }
+            read
+        };
+        let (read, made) = tokio::join!(read, made);
+        assert!(read < copy.len && made == Made::Failed && copy.has_failed());
+        // Those who follow, and the table of all copies, hold no file.
+        assert!(reader.span(&(0..copy.len)).is_none());
+        until_free(&taken).await;
+    }
+}
