@@ -97,8 +97,8 @@ pub struct Limits {
     pub relay_memory: ByteSize,
     /// Disk for NARs of peers that several clients read at once, in the state folder. 0 is none; default 4 GiB.
     pub spool: ByteSize,
-    /// Disk for copies of NARs of many small files, in the state folder; the least used go first. 0 is none; default
-    /// 256 MiB.
+    /// Disk for copies of NARs of many small files, in the state folder; the least used go first, one may take a quarter. 0 is
+    /// none, else at least 16 MiB; default 256 MiB.
     pub nar_copies: ByteSize,
 }
 
@@ -130,6 +130,8 @@ impl Limits {
         range("connections_per_address", per_address, "1 to 1000000")?;
         let header_size = (ByteSize::kib(1)..=ByteSize::kib(256)).contains(&self.header_size);
         range("header_size", header_size, "1 KiB to 256 KiB")?;
+        let nar_copies = self.nar_copies.as_u64() == 0 || self.nar_copies >= ByteSize::mib(16);
+        range("nar_copies", nar_copies, "0 or at least 16 MiB: one copy takes a quarter of it at most")?;
         range("relay_memory", self.relay_memory <= ByteSize::gib(64), "at most 64 GiB")?;
         let shortest = Duration::from_millis(100);
         let header_time = (shortest..=Duration::from_secs(600)).contains(&self.header_time);
