@@ -346,7 +346,10 @@ mod tests {
             assert!(complaint(line).contains(key), "{}", complaint(line));
         }
         let copies = complaint("[limits]\nnar_copies = \"8 MiB\"\n");
-        assert!(copies.starts_with("peernix.toml:2: limits.nar_copies: has to be 0 or at least 16 MiB"), "{copies}");
+        assert!(
+            copies.starts_with("peernix.toml:2: limits.nar_copies: has to be 0 or at least 16 MiB"),
+            "{copies}"
+        );
         for text in ["[http", "a = ", "[limits]\nheader_size = \"x\"", "[http]\nallow = [\"10.0.0.0/99\"]"] {
             assert!(!complaint(text).contains('\n'), "{text}");
         }
