@@ -9,11 +9,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval, timeout};
 
 use super::child::{Child, ChildError};
+use super::lease_holder::{Holder, LostLeases};
 use super::leases::{Generation, Lease, LeaseMark, Leases, Question, StoreState};
 use super::{Options, StoreError};
 use crate::metrics::StoreMetrics;
@@ -37,24 +39,22 @@ pub(super) fn open(options: Options, store_dir: StoreDir, metrics: StoreMetrics)
     let current = Arc::new(AtomicU64::new(0));
     let (state_sender, state) = watch::channel(StoreState::Starting);
     let leases = Leases::new(questions, Arc::clone(&current), state, options.answer_time);
-    let office = Office::new(options, store_dir, metrics, current, state_sender);
+    let office = Office {
+        options,
+        store_dir,
+        metrics,
+        current_id: current,
+        state: state_sender,
+        current: None,
+        retired: VecDeque::new(),
+        lost_leases: LostLeases::default(),
+        successor: None,
+        started: 0,
+        back_off: Duration::ZERO,
+        not_before: Instant::now(),
+        has_lost_one: false,
+    };
     (leases, tokio::spawn(office.run(receiver)))
-}
-
-/// A process that takes questions.
-struct Current {
-    child: Child,
-    generation: Arc<Generation>,
-    since: Instant,
-    leases: usize,
-}
-
-/// A process that only holds its leases.
-struct Retired {
-    child: Child,
-    generation: Arc<Generation>,
-    since: Instant,
-    leases: usize,
 }
 
 /// The task that owns the processes.
@@ -64,8 +64,11 @@ struct Office {
     metrics: StoreMetrics,
     current_id: Arc<AtomicU64>,
     state: watch::Sender<StoreState>,
-    current: Option<Current>,
-    retired: VecDeque<Retired>,
+    /// Takes questions.
+    current: Option<Holder>,
+    /// Only hold their leases.
+    retired: VecDeque<Holder>,
+    lost_leases: LostLeases,
     /// A process that is being started to take over; questions go on meanwhile.
     successor: Option<JoinHandle<Result<Child, ChildError>>>,
     /// How many processes were started, which numbers the generations.
@@ -81,33 +84,12 @@ enum Event {
     Tick,
     Died(ChildError),
     Successor(Result<Box<Child>, ChildError>),
+    /// Nothing else is to be done than to take lost leases again.
+    Idle,
     Closed,
 }
 
 impl Office {
-    fn new(
-        options: Options,
-        store_dir: StoreDir,
-        metrics: StoreMetrics,
-        current_id: Arc<AtomicU64>,
-        state: watch::Sender<StoreState>,
-    ) -> Self {
-        Self {
-            options,
-            store_dir,
-            metrics,
-            current_id,
-            state,
-            current: None,
-            retired: VecDeque::new(),
-            successor: None,
-            started: 0,
-            back_off: Duration::ZERO,
-            not_before: Instant::now(),
-            has_lost_one: false,
-        }
-    }
-
     /// Runs until the last handle is dropped, and ends the processes then.
     async fn run(mut self, mut questions: mpsc::Receiver<Question>) {
         // The first question shall not wait for the process to start.
@@ -132,13 +114,16 @@ impl Office {
                     let _ = self.ensure_current().await;
                 }
                 Event::Questions(batch) => self.answer(batch).await,
+                Event::Idle => {}
                 Event::Closed => break,
             }
+            self.take_again().await;
         }
         self.close().await;
     }
 
     async fn next_event(&mut self, ticks: &mut Interval, questions: &mut mpsc::Receiver<Question>) -> Event {
+        let has_to_take_again = self.current.is_some() && !self.lost_leases.is_empty();
         let Self { current, successor, .. } = self;
         let died = async {
             match current {
@@ -160,9 +145,10 @@ impl Office {
             child = started => Event::Successor(child.map(Box::new)),
             error = died => Event::Died(error),
             first = questions.recv() => match first {
-                Some(first) => Event::Questions(batch(first, questions)),
+                Some(first) => Event::Questions(first.with_others(questions, BATCH)),
                 None => Event::Closed,
             },
+            () = std::future::ready(()), if has_to_take_again => Event::Idle,
         };
         if matches!(event, Event::Successor(_)) {
             self.successor = None;
@@ -195,7 +181,7 @@ impl Office {
                 }
             }
         }
-        let is_full = |current: &Current| current.leases >= self.options.leases;
+        let is_full = |current: &Holder| current.leases >= self.options.leases;
         if self.current.as_ref().is_some_and(is_full) && self.retired.len() < MAX_RETIRED / 2 {
             self.start_successor();
         }
@@ -207,9 +193,14 @@ impl Office {
             let _noted_where_it_happens = self.query(&[]).await;
         }
         if std::mem::take(&mut self.has_lost_one) {
-            for mut retired in std::mem::take(&mut self.retired) {
+            let asked = std::mem::take(&mut self.retired).into_iter().map(|mut retired| async move {
+                let answer = timeout(CHECK_TIME, retired.child.query(&[])).await;
+                (retired, answer)
+            });
+            // All at once: questions wait for it.
+            for (retired, answer) in join_all(asked).await {
                 // One that hangs holds its leases. It is asked nothing else: its answer may be missed.
-                match timeout(CHECK_TIME, retired.child.query(&[])).await {
+                match answer {
                     Ok(Err(ChildError::Ended(_))) => self.died_in_retirement(retired),
                     _ => self.retired.push_back(retired),
                 }
@@ -217,8 +208,23 @@ impl Office {
         }
     }
 
-    fn died_in_retirement(&self, retired: Retired) {
-        tracing::warn!(leases = retired.leases, "a nix-store that held leases died");
+    /// Takes some of the lost leases again; what is not valid any more is forgotten. Only a batch: others wait to be asked.
+    async fn take_again(&mut self) {
+        if self.current.is_none() || self.lost_leases.is_empty() {
+            return;
+        }
+        let batch = self.lost_leases.take(BATCH);
+        // What goes wrong is noted where it happens.
+        if self.query(&batch).await.is_err() {
+            self.lost_leases.put_back(batch);
+        } else if let Some(current) = &mut self.current {
+            self.lost_leases.leave_to(current);
+        }
+    }
+
+    fn died_in_retirement(&mut self, mut retired: Holder) {
+        tracing::warn!(leases = retired.leases, "a nix-store that held leases died; they are taken again");
+        self.lost_leases.add(&mut retired, self.options.leases);
         self.metrics.lease_failures.inc_by(retired.leases as u64);
         self.release(retired);
     }
@@ -228,13 +234,13 @@ impl Office {
         &mut self,
         paths: &[StorePath],
     ) -> Result<(HashMap<StorePath, PathInfo>, Lease, LeaseMark), Arc<ChildError>> {
-        let mut tries = 0;
+        let (mut tries, at_most) = (0, self.options.leases);
         loop {
             tries += 1;
             let current = self.ensure_current().await?;
             match current.child.query(paths).await {
                 Ok(infos) => {
-                    current.leases += infos.len();
+                    current.add(infos.keys(), at_most);
                     let generation = Arc::clone(&current.generation);
                     let mark = LeaseMark::of(&generation);
                     self.metrics.leases.inc_by(infos.len() as i64);
@@ -257,7 +263,7 @@ impl Office {
         }
     }
 
-    async fn ensure_current(&mut self) -> Result<&mut Current, Arc<ChildError>> {
+    async fn ensure_current(&mut self) -> Result<&mut Holder, Arc<ChildError>> {
         if self.current.is_none() {
             let now = Instant::now();
             if now < self.not_before {
@@ -282,7 +288,7 @@ impl Office {
         self.started += 1;
         let generation = Arc::new(Generation { id: self.started });
         self.current_id.store(generation.id, Ordering::Release);
-        self.current = Some(Current { child, generation, since: Instant::now(), leases: 0 });
+        self.current = Some(Holder::new(child, generation));
         if !matches!(*self.state.borrow(), StoreState::Serving) {
             tracing::info!("nix-store answers");
             self.state.send_replace(StoreState::Serving);
@@ -292,8 +298,9 @@ impl Office {
     /// The current process asks no more, and keeps its leases.
     fn retire(&mut self) {
         self.current_id.store(0, Ordering::Release);
-        if let Some(Current { child, generation, leases, .. }) = self.current.take() {
-            self.retired.push_back(Retired { child, generation, since: Instant::now(), leases });
+        if let Some(mut holder) = self.current.take() {
+            holder.since = Instant::now();
+            self.retired.push_back(holder);
         }
         while self.retired.len() > MAX_RETIRED {
             if let Some(oldest) = self.retired.pop_front() {
@@ -312,11 +319,12 @@ impl Office {
         self.wait_longer();
     }
 
-    /// The current process died, and its leases with it.
+    /// The current process died, and its leases with it: the next one takes them again.
     fn lost(&mut self, error: Arc<ChildError>) {
         self.has_lost_one = true;
         self.current_id.store(0, Ordering::Release);
-        if let Some(current) = self.current.take() {
+        if let Some(mut current) = self.current.take() {
+            self.lost_leases.add(&mut current, self.options.leases);
             self.metrics.leases.dec_by(current.leases as i64);
             self.metrics.lease_failures.inc_by(current.leases as u64);
             self.metrics.child_restarts.inc();
@@ -344,15 +352,15 @@ impl Office {
     /// Retires what was in office long enough, ends what was retired long enough, replaces what is missing.
     async fn rotate(&mut self) {
         let (now, lease) = (Instant::now(), self.options.lease);
-        let due = |current: &Current| current.leases > 0 && now - current.since >= lease / 2;
+        self.lost_leases.expire(now, lease);
+        let due = |current: &Holder| current.leases > 0 && now - current.since >= lease / 2;
         if self.current.as_ref().is_some_and(due) {
             self.start_successor();
         }
         for mut retired in std::mem::take(&mut self.retired) {
-            let in_flight = Arc::strong_count(&retired.generation) > 1;
             if retired.child.is_gone() {
                 self.died_in_retirement(retired);
-            } else if in_flight || now.saturating_duration_since(retired.since) < lease {
+            } else if retired.is_in_use() || now.saturating_duration_since(retired.since) < lease {
                 self.retired.push_back(retired);
             } else {
                 self.release(retired);
@@ -363,7 +371,7 @@ impl Office {
         }
     }
 
-    fn release(&self, retired: Retired) {
+    fn release(&self, retired: Holder) {
         self.metrics.leases.dec_by(retired.leases as i64);
         // Ends by itself; nothing waits for it.
         tokio::spawn(retired.child.end());
@@ -384,17 +392,6 @@ impl Office {
         let current = self.current.take().map(|current| current.child);
         let retired = self.retired.drain(..).map(|retired| retired.child);
         let children: Vec<_> = current.into_iter().chain(retired).map(Child::end).collect();
-        futures_util::future::join_all(children).await;
+        join_all(children).await;
     }
-}
-
-fn batch(first: Question, questions: &mut mpsc::Receiver<Question>) -> Vec<Question> {
-    let mut batch = vec![first];
-    while batch.len() < BATCH {
-        match questions.try_recv() {
-            Ok(question) => batch.push(question),
-            Err(_) => break,
-        }
-    }
-    batch
 }

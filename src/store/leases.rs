@@ -48,6 +48,20 @@ pub(super) struct Question {
     pub(super) reply: oneshot::Sender<Answer>,
 }
 
+impl Question {
+    /// This one and those that wait behind it.
+    pub(super) fn with_others(self, questions: &mut mpsc::Receiver<Self>, at_most: usize) -> Vec<Self> {
+        let mut batch = vec![self];
+        while batch.len() < at_most {
+            match questions.try_recv() {
+                Ok(question) => batch.push(question),
+                Err(_) => break,
+            }
+        }
+        batch
+    }
+}
+
 /// How it goes with `nix-store`.
 #[derive(Clone, Debug)]
 pub enum StoreState {

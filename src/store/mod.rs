@@ -10,6 +10,7 @@ mod child;
 mod file_span;
 mod gains;
 mod known;
+mod lease_holder;
 mod lease_office;
 mod leases;
 mod names;

@@ -329,6 +329,26 @@ fn a_path_that_is_half_collected_is_not_here() {
 }
 
 #[test]
+fn what_is_leased_outlives_the_process_that_leased_it() {
+    for who in [As::Root, As::Nobody] {
+        let collected = Collected::new(who, LARGE, "");
+        let served = collected.narinfo();
+        succeed(collected.host.command("pkill").args(["-KILL", "-f", SERVES]));
+        // Without anybody asking.
+        eventually("its lease is taken again", || {
+            let metric = |name| collected.daemon.metric(name);
+            let lost = metric("peernix_lease_failures_total") >= 1.0;
+            (lost && metric("peernix_store_leases") >= 1.0).then_some(())
+        });
+        for collector in collected.collectors() {
+            run(&mut collected.nix(&collector));
+            assert!(collected.is_there(), "{collector:?}");
+        }
+        assert!(served.is_kept_by(&collected.ask(&served.url).bytes()));
+    }
+}
+
+#[test]
 fn a_nar_whose_lease_is_lost_and_whose_path_is_collected_is_cut() {
     // Read from its tree alone: a copy would have all of it before the first file goes.
     let collected = Collected::new(As::Root, MANY, "[limits]\nnar_copies = \"0\"\n");
@@ -336,11 +356,12 @@ fn a_nar_whose_lease_is_lost_and_whose_path_is_collected_is_cut() {
     let mut nar = vec![0; 1 << 16];
     let mut rest = collected.ask(&served.url).reader();
     rest.read_exact(&mut nar).unwrap();
-    // The process that holds the lease dies, and the path is collected before another can lease it.
+    // The process that holds the lease dies, and each that would lease it again, until the path is collected.
     eventually("it is collected", || {
-        run(collected.host.command("pkill").args(["-KILL", "-f", SERVES]));
         // What some process has open is alive for Nix, and the daemon has one of the files open.
-        run(&mut collected.nix(&["nix-store", "--delete", "--ignore-liveness", &collected.path]));
+        let delete =
+            "while :; do pkill -KILL -f \"$1\"; done & nix-store --delete --ignore-liveness \"$0\"; kill $!";
+        run(&mut collected.nix(&["sh", "-c", delete, &collected.path, SERVES]));
         (!collected.is_there()).then_some(())
     });
     assert!(rest.read_to_end(&mut nar).is_err(), "{} bytes came as if they were all", nar.len());
