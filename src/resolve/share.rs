@@ -117,9 +117,6 @@ impl Share {
         if gains.is_empty() {
             return Some(Holdings::AsKnown);
         }
-        if gains.len() > MAX_GAINS {
-            return self.whole().await;
-        }
         self.told(latest, gains, None)
     }
 
@@ -144,9 +141,6 @@ impl Share {
         let share = self.clone();
         let Made { filter, number, .. } = tokio::spawn(async move { share.latest().await }).await.ok()??;
         let (gains, latest) = self.0.store.gained_since(number)?;
-        if gains.len() > MAX_GAINS {
-            return None;
-        }
         self.told(latest, gains, Some(filter))
     }
 
