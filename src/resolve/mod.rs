@@ -10,8 +10,10 @@ mod holders;
 mod local;
 mod lookup;
 mod options;
+mod pace;
 mod relay;
 mod share;
+mod verified;
 
 use std::sync::Arc;
 

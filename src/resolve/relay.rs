@@ -8,8 +8,9 @@ use tokio::task::spawn_blocking;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::ahead::Ahead;
-use super::download::{Download, LOWEST_RATE};
+use super::download::Download;
 use super::holders::{Holder, Holders};
+use super::pace::LOWEST_RATE;
 use crate::cache::{Begin, Piece, Prepare, Served, SpoolError, SpoolReader, SpoolWriter, Spools};
 use crate::metrics::RelayMetrics;
 use crate::nix::cache_url::NarUrl;
