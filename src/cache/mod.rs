@@ -17,7 +17,7 @@ pub use misses::{Misses, Question};
 pub use peer_cache::{Origin, PeerCache, Served};
 pub use spool::{Appender, Deserted, SpoolReader, SpoolWriter, StillRead};
 pub use spool_state::{Piece, SpoolError};
-pub use spools::{Begin, Prepare, Spools};
+pub use spools::{Begin, Memory, Prepare, Spools};
 
 /// `[cache]`
 #[derive(Clone, Debug, Deserialize)]

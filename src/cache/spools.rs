@@ -75,6 +75,18 @@ pub enum Prepare {
     NoRoom,
 }
 
+/// Memory that a download takes beside its spool; dropping it gives it back.
+#[derive(Debug)]
+pub struct Memory(Reserved);
+
+impl Memory {
+    /// How much, in bytes.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.0.amount()
+    }
+}
+
 impl Spools {
     /// None yet. Files are made in `directory` (they have no names, so that a crash leaves none) and take `disk` bytes at most;
     /// what is kept in memory takes `memory` bytes at most, windows and all, but less of it never keeps a download out.
@@ -121,6 +133,18 @@ impl Spools {
         let writer = Spool::begin(size, Keep::All, None, vec![reserved]);
         table.insert(nar, &writer);
         Prepare::Write(writer)
+    }
+
+    /// Memory for what of a download comes before its turn: at most so many bytes, and no more than leaves half of all memory,
+    /// and then some, to downloads that begin.
+    #[must_use]
+    pub fn memory_ahead(&self, least: u64, most: u64) -> Option<Memory> {
+        let mut table = self.lock();
+        let memory = &self.0.memory;
+        let available = table.available(memory, Spool::was_read);
+        let amount = (available.saturating_sub(memory.limit() / 2) / 2).min(most);
+        let reserved = (amount >= least).then(|| table.make_room(memory, amount, Spool::was_read));
+        reserved.flatten().map(Memory)
     }
 
     fn try_begin(&self, nar: &NarHash, size: u64, whole: bool) -> Option<Begin> {
@@ -330,6 +354,22 @@ mod tests {
             assert_eq!(spools.len_of(&nar(1)), Some(40));
             assert!(spools.lock().make_room(memory, 45, |_| true).is_some());
             assert_eq!(spools.len_of(&nar(1)), None);
+        };
+        shuttle::check_random(test, 1);
+    }
+
+    #[test]
+    fn what_comes_before_its_turn_leaves_half_of_the_memory_to_what_begins() {
+        let test = || {
+            let spools = Spools::new(None, 100, 0);
+            fill(prepared(&spools, 1, 20), 20);
+            let first = spools.memory_ahead(10, 50).unwrap();
+            assert_eq!(first.bytes(), 15, "what was prepared and not read yet stays");
+            assert_eq!(spools.memory_ahead(1, 3).unwrap().bytes(), 3);
+            assert!(spools.memory_ahead(10, 50).is_none(), "less is of no use");
+            drop(first);
+            assert_eq!(spools.taken().0, 20);
+            assert!(Spools::new(None, 0, 0).memory_ahead(1, 50).is_none());
         };
         shuttle::check_random(test, 1);
     }

@@ -9,6 +9,10 @@ use prometheus_client::registry::Registry;
 pub struct RelayMetrics {
     /// Downloads that went on with another peer.
     pub failovers: Counter,
+    /// Pieces in which large NARs were asked for, each of one peer.
+    pub pieces: Counter,
+    /// Pieces that were asked of another peer too, since the first failed or was slow.
+    pub reassigned: Counter,
     /// Requests that read a download which was under way or still there.
     pub joined: Counter,
     /// Downloads that were begun before anybody asked for them.
@@ -22,6 +26,10 @@ pub struct RelayMetrics {
 pub(super) fn register(registry: &mut Registry, relay: &RelayMetrics) {
     let help = "Downloads of NARs that went on with another peer";
     registry.register("relay_failovers", help, relay.failovers.clone());
+    let help = "Pieces in which large NARs were asked for";
+    registry.register("relay_pieces", help, relay.pieces.clone());
+    let help = "Pieces of NARs that were asked of another peer since one failed or was slow";
+    registry.register("relay_pieces_reassigned", help, relay.reassigned.clone());
     let help = "Requests for a NAR that was on its way, or still there";
     registry.register("relays_joined", help, relay.joined.clone());
     let help = "Downloads of NARs that were begun before they were asked for";

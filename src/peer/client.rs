@@ -3,6 +3,7 @@
 //! Knows what a binary cache answers, and nothing of whether it is true.
 
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -180,9 +181,30 @@ impl PeerClient {
             let answer = self.send(request).await?;
             match answer.status() {
                 StatusCode::PARTIAL_CONTENT if offset > 0 && begins_at(&answer) == Some(offset) => {
-                    Ok(Some(Arriving { answer, offset }))
+                    Ok(Some(Arriving { answer, offset, is_part: true }))
                 }
-                _ => Ok(found(answer)?.map(|answer| Arriving { answer, offset: 0 })),
+                _ => Ok(found(answer)?.map(|answer| Arriving { answer, offset: 0, is_part: false })),
+            }
+        };
+        timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
+    }
+
+    /// Begins to fetch a part of a file of the cache, or all of it from a peer that has no ranges; `None` is "not here".
+    pub async fn part(
+        &self,
+        path: &str,
+        range: Range<u64>,
+        within: Duration,
+    ) -> Result<Option<Arriving>, FetchError> {
+        let asked = async {
+            let last = range.end.saturating_sub(1);
+            let request = self.http.get(format!("{}/{path}", self.base));
+            let answer = self.send(request.header(RANGE, format!("bytes={}-{last}", range.start))).await?;
+            match answer.status() {
+                StatusCode::PARTIAL_CONTENT if begins_at(&answer) == Some(range.start) => {
+                    Ok(Some(Arriving { answer, offset: range.start, is_part: true }))
+                }
+                _ => Ok(found(answer)?.map(|answer| Arriving { answer, offset: 0, is_part: false })),
             }
         };
         timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
@@ -245,6 +267,8 @@ pub struct Arriving {
     answer: Response,
     /// Where in the file it begins.
     pub offset: u64,
+    /// Whether it is the part that was asked for, and not the whole.
+    pub is_part: bool,
 }
 
 impl Arriving {

@@ -3,19 +3,23 @@
 //! Knows nothing of who reads it. The invariants: the last bytes are given out only after length and hash have proven right, and
 //! of a NAR that is verified first none before; a peer that dies, stalls, drips or turns out wrong is replaced by the next one at the same offset.
 
+use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use futures_util::StreamExt as _;
 use thiserror::Error;
 use tokio::time::sleep;
 
 use super::holders::{Holder, Holders};
 use super::pace::Pace;
+use super::relay::Relays;
+use super::several::{Ended, Others};
 use super::verified::Verified;
-use crate::cache::{Deserted, Served, SpoolWriter};
+use crate::cache::{Deserted, Memory, SpoolWriter, Spools};
 use crate::metrics::RelayMetrics;
 use crate::nix::NarHash;
 use crate::nix::cache_url::NarUrl;
-use crate::peer::{FetchError, PeerId};
+use crate::peer::{Arriving, FetchError, PeerId};
 
 /// How many peers are tried for one NAR before it is given up.
 const TRIES: usize = 4;
@@ -23,6 +27,11 @@ const TRIES: usize = 4;
 const ASKED_AGAIN: Duration = Duration::from_millis(200);
 /// Who said so long ago that it has a path may honestly have collected it since.
 const FRESH: Duration = Duration::from_secs(60);
+/// What is longer, in bytes, comes from several peers at once.
+const SPLIT_FROM: u64 = 32 * 1024 * 1024;
+/// Memory for what comes before its turn: with less it is not worth it, and more is of no use. In bytes.
+const LEAST_AHEAD: u64 = 2 * 1024 * 1024;
+const MOST_AHEAD: u64 = 16 * 1024 * 1024;
 
 /// Why a NAR did not come.
 #[derive(Debug, Error)]
@@ -60,67 +69,76 @@ pub(super) enum DownloadError {
 
 /// A NAR on its way.
 pub(super) struct Download {
-    holders: Holders,
-    metrics: RelayMetrics,
-    stall: Duration,
+    pub(super) holders: Holders,
+    pub(super) spools: Spools,
+    pub(super) metrics: RelayMetrics,
+    pub(super) stall: Duration,
     /// With its NarHash: only this NAR will do.
-    url: NarUrl,
-    verified: Verified,
+    pub(super) url: NarUrl,
+    pub(super) verified: Verified,
     /// Who sent the bytes that came.
-    senders: Vec<PeerId>,
+    pub(super) senders: Vec<Holder>,
+    /// What is told of peers once their bytes have proven right: how many, and how long they were waited for.
+    pub(super) sent: Vec<(PeerId, u64, Duration)>,
+    /// Who failed.
+    pub(super) tried: Vec<PeerId>,
+    /// And not only by being away.
+    wrong: Vec<PeerId>,
+    /// What came from several proved wrong: they are tried one by one, so that the liar is found.
+    apart: Option<VecDeque<Holder>>,
     /// When the latest wait for a peer began.
     waits_since: Instant,
 }
 
 impl Download {
     pub(super) fn new(
-        holders: Holders,
+        relays: &Relays,
         url: NarUrl,
         nar_hash: NarHash,
-        stall: Duration,
         whole: bool,
         writer: SpoolWriter,
-        metrics: RelayMetrics,
     ) -> Self {
         Self {
-            holders,
-            metrics,
-            stall,
+            holders: relays.holders.clone(),
+            spools: relays.spools.clone(),
+            metrics: relays.metrics.clone(),
+            stall: relays.stall,
             url,
             verified: Verified::new(nar_hash, whole, writer),
             senders: Vec::new(),
+            sent: Vec::new(),
+            tried: Vec::new(),
+            wrong: Vec::new(),
+            apart: None,
             waits_since: Instant::now(),
         }
     }
 
-    /// Downloads, from `first` and from others if that fails.
+    /// Downloads, from `first`, from others at the same time if it is large, and from others if that fails.
     pub(super) async fn run(mut self, first: Holder) {
-        let (mut tried, mut wrong) = (Vec::new(), Vec::new());
         let mut holder = Some(first);
         let mut last_error = None;
-        while let Some(Holder { peer, served }) = holder {
-            match self.from(&peer, &served).await {
-                Ok(()) => return self.verified.finish(),
+        while let Some(next) = holder {
+            match self.from(next).await {
+                Ok(()) => {
+                    self.all_proved_right();
+                    return self.verified.finish();
+                }
                 Err(DownloadError::Deserted(_) | DownloadError::Stopped) => return,
                 Err(error @ DownloadError::GivenOut) => return self.verified.fail(error),
-                Err(error) => {
-                    self.blame(&peer, &served, &error);
-                    if matches!(error, DownloadError::Hash) {
-                        self.verified.begin_anew();
-                        self.senders.clear();
-                    }
-                    if !matches!(error, DownloadError::Fetch(_)) {
-                        wrong.push(peer.clone());
-                    }
+                Err(error @ DownloadError::Hash) => {
+                    self.proved_wrong(&error);
                     last_error = Some(error);
                 }
+                Err(error) => last_error = Some(error),
             }
-            self.holders.forget(&self.url, &peer);
-            tried.push(peer);
-            if tried.len() >= TRIES {
+            if self.tried.len() >= TRIES {
                 break;
             }
-            holder = self.another(&tried, &wrong).await;
+            holder = match self.apart.as_mut().and_then(VecDeque::pop_front) {
+                Some(suspect) => Some(suspect),
+                None => self.another().await,
+            };
             if holder.is_some() {
                 self.metrics.failovers.inc();
             }
@@ -131,9 +149,9 @@ impl Download {
 
     /// Who goes on. Before the first byte a client that is told soon asks elsewhere; midway it would have to begin anew, so that
     /// it is worth waiting for one that was too slow to say so, or that comes back.
-    async fn another(&self, tried: &[PeerId], wrong: &[PeerId]) -> Option<Holder> {
+    async fn another(&self) -> Option<Holder> {
         let began = Instant::now();
-        let mut without = tried;
+        let mut without = &self.tried;
         loop {
             if let Some(holder) = self.holders.find(&self.url, without).await {
                 return Some(holder);
@@ -142,42 +160,57 @@ impl Download {
                 return None;
             }
             sleep(ASKED_AGAIN).await;
-            without = wrong;
+            without = &self.wrong;
         }
     }
 
-    /// Goes on with this peer where the one before has ended.
-    async fn from(&mut self, peer: &PeerId, served: &Served) -> Result<(), DownloadError> {
-        if served.nar_size != self.verified.nar_size() {
+    /// Goes on with this peer, and with others if there are some and that is worth it.
+    async fn from(&mut self, holder: Holder) -> Result<(), DownloadError> {
+        let together = self.together(&holder);
+        let (alone, begun) = match together {
+            Some((others, memory)) => match self.several(holder, others, &memory).await? {
+                Ended::Proven => return Ok(()),
+                Ended::Alone(holder, begun) => (holder, begun),
+            },
+            None => (holder, None),
+        };
+        let result = self.alone(&alone, begun).await;
+        if let Err(error) = &result {
+            self.failed(&alone, error, self.waits_since.elapsed());
+        }
+        result
+    }
+
+    /// Goes on with this peer alone where the one before has ended; it may have begun to send already.
+    async fn alone(&mut self, holder: &Holder, begun: Option<Arriving>) -> Result<(), DownloadError> {
+        let Holder { peer, served } = holder;
+        let (before, nar_size) = (self.verified.got(), self.verified.nar_size());
+        if served.nar_size != nar_size {
             return Err(DownloadError::OtherSize);
         }
-        let before = self.verified.got();
         let known = self.holders.peers.get(peer).ok_or(DownloadError::NotThere)?;
         let _in_flight = self.holders.peers.began(peer);
         let mut pace = Pace::new(self.stall, known.in_flight);
         self.waits_since = Instant::now();
-        let arriving = self
-            .holders
-            .peers
-            .client(&known)?
-            .file(&served.nar_path, self.verified.got(), self.stall)
-            .await?;
+        let mut arriving = match begun {
+            Some(begun) => begun,
+            None => {
+                let client = self.holders.peers.client(&known)?;
+                let arriving = client.file(&served.nar_path, before, self.stall).await?;
+                arriving.ok_or(DownloadError::NotThere)?
+            }
+        };
         pace.all_waits += self.waits_since.elapsed();
-        let mut arriving = arriving.ok_or(DownloadError::NotThere)?;
         let announced = arriving.remaining().map(|left| arriving.offset.saturating_add(left));
-        if let Some(got) = announced.filter(|announced| *announced != self.verified.nar_size()) {
-            return Err(DownloadError::Length { got, expected: self.verified.nar_size() });
+        if let Some(got) = announced.filter(|announced| *announced != nar_size) {
+            return Err(DownloadError::Length { got, expected: nar_size });
         }
-        let mut skip = self.verified.got() - arriving.offset;
-        let mut is_sender = false;
-        while self.verified.got() < self.verified.nar_size() {
+        let mut skip = before - arriving.offset;
+        while self.verified.got() < nar_size {
             self.verified.room().await?;
             self.waits_since = Instant::now();
             let Some(mut chunk) = pace.next(&mut arriving).await? else {
-                return Err(DownloadError::Length {
-                    got: self.verified.got(),
-                    expected: self.verified.nar_size(),
-                });
+                return Err(DownloadError::Length { got: self.verified.got(), expected: nar_size });
             };
             // What came before from another peer: the hash of the whole proves in the end that it was the same.
             let passed = skip.min(chunk.len() as u64);
@@ -186,35 +219,95 @@ impl Download {
             if chunk.is_empty() {
                 continue;
             }
-            if !std::mem::replace(&mut is_sender, true) {
-                self.senders.push(peer.clone());
-            }
+            self.sends(holder);
             self.verified.take(chunk).await?;
         }
         self.verified.prove().await?;
-        self.holders.peers.delivered(peer, self.verified.got() - before, pace.all_waits);
+        self.sent.push((peer.clone(), self.verified.got() - before, pace.all_waits));
         Ok(())
     }
 
-    fn blame(&self, peer: &PeerId, served: &Served, error: &DownloadError) {
-        // A download takes long: what failed elsewhere since its beginning says nothing of its latest wait.
-        let after = self.waits_since.elapsed();
+    /// Some of the bytes are from this peer.
+    pub(super) fn sends(&mut self, holder: &Holder) {
+        // Most often it is the latest.
+        if !self.senders.iter().rev().any(|sender| sender.peer == holder.peer) {
+            self.senders.push(holder.clone());
+        }
+    }
+
+    fn all_proved_right(&self) {
+        for (peer, bytes, waited) in &self.sent {
+            self.holders.peers.delivered(peer, *bytes, *waited);
+        }
+        self.senders.iter().for_each(|sender| self.holders.is_known(&sender.peer));
+    }
+
+    /// What came is not what was signed: all of it comes once more, and what was given out has to be its beginning.
+    fn proved_wrong(&mut self, error: &DownloadError) {
+        let senders = std::mem::take(&mut self.senders);
+        self.sent.clear();
+        self.verified.begin_anew();
+        if let [liar] = &senders[..] {
+            self.lied(liar, error);
+            return;
+        }
+        // Of several nobody knows whose bytes were wrong: each shows it by itself. Who takes part in this once more before it has shown it is
+        // passed over for a while.
+        let mut apart = VecDeque::new();
+        for sender in senders {
+            if self.holders.suspect(&sender.peer) {
+                self.lied(&sender, error);
+            } else {
+                apart.push_back(sender);
+            }
+        }
+        self.apart = Some(apart);
+    }
+
+    fn lied(&mut self, liar: &Holder, error: &DownloadError) {
+        self.holders.is_known(&liar.peer);
+        self.holders.peers.lied(&liar.peer, &error.to_string());
+        self.gives_up(liar, error);
+    }
+
+    /// A peer does not send the NAR, or not as it should, `after` it was waited for so long.
+    pub(super) fn failed(&mut self, holder: &Holder, error: &DownloadError, after: Duration) {
+        let (peers, peer) = (&self.holders.peers, &holder.peer);
         match error {
-            DownloadError::Fetch(error) => self.holders.peers.did_not_deliver(peer, error, after),
-            DownloadError::NotThere if served.told.is_some_and(|told| told.elapsed() < FRESH) => {
-                self.holders.peers.did_not_deliver(peer, &FetchError::Status(404), after);
+            DownloadError::Fetch(error) => peers.did_not_deliver(peer, error, after),
+            DownloadError::NotThere if holder.served.told.is_some_and(|told| told.elapsed() < FRESH) => {
+                peers.did_not_deliver(peer, &FetchError::Status(404), after);
             }
-            DownloadError::Length { .. } => self.holders.peers.lied(peer, &error.to_string()),
-            // Of several nobody knows whose bytes were wrong: all are passed over for a while.
-            DownloadError::Hash => {
-                self.senders.iter().for_each(|sender| self.holders.peers.lied(sender, &error.to_string()));
-            }
-            DownloadError::NotThere
-            | DownloadError::OtherSize
+            DownloadError::Length { .. } => peers.lied(peer, &error.to_string()),
+            DownloadError::NotThere | DownloadError::OtherSize => {}
+            // Whose fault that is is not known here, or it is nobody's.
+            DownloadError::Hash
             | DownloadError::GivenOut
             | DownloadError::Deserted(_)
-            | DownloadError::Stopped => {}
+            | DownloadError::Stopped => return,
         }
+        self.gives_up(holder, error);
+    }
+
+    fn gives_up(&mut self, holder: &Holder, error: &DownloadError) {
+        let peer = &holder.peer;
         tracing::debug!(peer.id = %peer, %error, got_bytes = self.verified.got(), "a NAR does not come from this peer");
+        self.holders.forget(&self.url, peer);
+        self.tried.push(peer.clone());
+        if !matches!(error, DownloadError::Fetch(_)) {
+            self.wrong.push(peer.clone());
+        }
+    }
+
+    /// Who may have it besides, and memory for what comes before its turn. `None`: one peer alone gives it.
+    fn together(&self, holder: &Holder) -> Option<(Others, Memory)> {
+        let nar_size = self.verified.nar_size();
+        let is_large = nar_size.saturating_sub(self.verified.got()) > SPLIT_FROM;
+        if !is_large || self.apart.is_some() || self.holders.is_suspect(&holder.peer) {
+            return None;
+        }
+        let without = self.tried.iter().chain([&holder.peer]).cloned().collect();
+        let others = self.holders.others(&self.url, nar_size, without)?;
+        Some((others.boxed(), self.spools.memory_ahead(LEAST_AHEAD, MOST_AHEAD)?))
     }
 }

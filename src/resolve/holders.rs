@@ -1,11 +1,20 @@
 //! Who has a NAR: the peer that served its narinfo, or whoever has it now.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use super::lookup::{Lookup, Sought};
+use futures_util::{Stream, StreamExt as _};
+use moka::sync::Cache;
+
+use super::lookup::{Found, Lookup, Sought};
 use crate::cache::{Origin, PeerCache, Served};
 use crate::nix::cache_url::NarUrl;
 use crate::peer::{PeerId, Peers};
+
+/// How many are asked whether they have a NAR too.
+const ASKED: usize = 8;
+/// How many are suspected at most, and for how long.
+const SUSPECTS: u64 = 1024;
+const SUSPECTED: Duration = Duration::from_secs(600);
 
 /// A peer, and what it said of the NAR.
 #[derive(Clone, Debug)]
@@ -20,11 +29,13 @@ pub(super) struct Holders {
     pub(super) peers: Peers,
     cache: PeerCache,
     lookup: Lookup,
+    suspects: Cache<PeerId, ()>,
 }
 
 impl Holders {
     pub(super) fn new(peers: Peers, cache: PeerCache, lookup: Lookup) -> Self {
-        Self { peers, cache, lookup }
+        let suspects = Cache::builder().max_capacity(SUSPECTS).time_to_live(SUSPECTED).build();
+        Self { peers, cache, lookup, suspects }
     }
 
     /// The peer that is remembered for it, if that is there.
@@ -53,6 +64,36 @@ impl Holders {
         // Not what is remembered by now: somebody else may have corrected that meanwhile.
         let found = self.lookup.find(sought).await?;
         Some(Holder { peer: found.peer, served: found.served })
+    }
+
+    /// Who else has it, and says that it is as long, as they answer. `None`: there is nobody to ask.
+    pub(super) fn others(
+        &self,
+        url: &NarUrl,
+        nar_size: u64,
+        without: Vec<PeerId>,
+    ) -> Option<impl Stream<Item = Holder> + Send + use<>> {
+        let sought = Sought { hash: url.hash, nar_hash: url.nar_hash, without };
+        let holders = self.clone();
+        Some(self.lookup.others(sought, ASKED)?.filter_map(move |Found { peer, served, .. }| {
+            let fits = served.nar_size == nar_size && !holders.is_suspect(&peer);
+            std::future::ready(fits.then_some(Holder { peer, served }))
+        }))
+    }
+
+    /// It took part in what proved wrong, together with others. True: not for the first time.
+    pub(super) fn suspect(&self, peer: &PeerId) -> bool {
+        !self.suspects.entry(peer.clone()).or_insert(()).is_fresh()
+    }
+
+    /// Whether it may be the one who sent wrong bytes: it is asked for whole NARs alone, which show who it is.
+    pub(super) fn is_suspect(&self, peer: &PeerId) -> bool {
+        self.suspects.contains_key(peer)
+    }
+
+    /// What it sent has proven right or wrong.
+    pub(super) fn is_known(&self, peer: &PeerId) {
+        self.suspects.invalidate(peer);
     }
 
     /// The peer that is remembered for it proved wrong.

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
-use futures_util::{StreamExt as _, stream};
+use futures_util::{Stream, StreamExt as _, stream};
 use moka::sync::Cache;
 use nix_narinfo::Compression;
 use tokio::sync::watch;
@@ -157,6 +157,32 @@ impl Lookup {
             Outcome::Found(found) => Some(found),
             Outcome::Missing | Outcome::Unknown => None,
         }
+    }
+
+    /// Whoever else has it, as they answer, within the budget. At most so many are asked; `None`: there is nobody to ask.
+    /// Dropping it asks no more.
+    pub(super) fn others(
+        &self,
+        sought: Sought,
+        most: usize,
+    ) -> Option<impl Stream<Item = Found> + Send + use<>> {
+        let (candidates, _) = self.0.parts.peers.candidates(&sought.hash);
+        let is_other = |peer: &Peer| !sought.without.contains(&peer.id);
+        let asked: Vec<Peer> = candidates.into_iter().filter(is_other).take(most).collect();
+        if asked.is_empty() {
+            return None;
+        }
+        let (lookup, deadline) = (self.clone(), Instant::now() + self.0.parts.budget);
+        let answers = stream::iter(asked).map(move |peer| {
+            let (lookup, sought) = (lookup.clone(), sought.clone());
+            async move {
+                match lookup.ask(peer, sought.hash, deadline).await {
+                    (peer, Said::Here(narinfo)) => lookup.believe(&peer, &sought, *narinfo),
+                    _ => None,
+                }
+            }
+        });
+        Some(answers.buffer_unordered(AT_ONCE).filter_map(std::future::ready))
     }
 
     /// Whether nobody has it, as far as that is known without asking: every peer said so, or there is none.

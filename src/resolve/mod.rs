@@ -6,12 +6,15 @@
 
 mod ahead;
 mod download;
+mod fetch;
 mod holders;
 mod local;
 mod lookup;
 mod options;
 mod pace;
+mod pieces;
 mod relay;
+mod several;
 mod share;
 mod verified;
 

@@ -97,9 +97,7 @@ impl Relays {
     }
 
     fn download(&self, url: NarUrl, nar_hash: NarHash, holder: Holder, whole: bool, writer: SpoolWriter) {
-        let (holders, metrics) = (self.holders.clone(), self.metrics.clone());
-        let download = Download::new(holders, url, nar_hash, self.stall, whole, writer, metrics);
-        tokio::spawn(download.run(holder));
+        tokio::spawn(Download::new(self, url, nar_hash, whole, writer).run(holder));
     }
 }
 
