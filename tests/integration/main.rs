@@ -15,6 +15,7 @@ mod nar;
 mod narinfo;
 mod nix_store_process;
 mod peers;
+mod several;
 mod shutdown;
 mod signatures;
 mod support;

@@ -22,6 +22,8 @@ pub struct Script {
     pub then: Then,
     /// Whether it gives parts of the body to whoever asks for them.
     pub ranges: bool,
+    /// How many bytes it sends at most of what it announces.
+    pub cut: Option<usize>,
 }
 
 /// What a scripted peer does after the body.
@@ -41,6 +43,7 @@ impl Script {
             body,
             then: Then::Closes,
             ranges: false,
+            cut: None,
         }
     }
 }
@@ -91,16 +94,20 @@ fn answer(socket: TcpStream, say: &dyn Fn(&str) -> Script, log: &Mutex<Vec<Strin
     let path = head[0].split(' ').nth(1).unwrap().trim_start_matches("/nix-cache/").to_owned();
     log.lock().unwrap().push(path.clone());
     let mut script = say(&path);
-    let from = head.iter().find_map(|line| {
-        line.to_lowercase().strip_prefix("range: bytes=")?.trim_end().strip_suffix('-')?.parse::<usize>().ok()
+    let range = head.iter().find_map(|line| {
+        let line = line.to_lowercase();
+        let (from, last) = line.strip_prefix("range: bytes=")?.trim_end().split_once('-')?;
+        Some((from.parse::<usize>().ok()?, last.parse::<usize>().ok()))
     });
     let mut part = String::new();
-    if let Some(from) = from.filter(|_| script.ranges) {
+    if let Some((from, last)) = range.filter(|_| script.ranges) {
         let total = script.body.len();
-        script.body.drain(..from);
-        (script.status, script.length) = (206, Some(total - from));
-        part = format!("content-range: bytes {from}-{}/{total}\r\n", total - 1);
+        let end = last.map_or(total, |last| (last + 1).min(total));
+        script.body = script.body[from..end].to_vec();
+        (script.status, script.length) = (206, Some(end - from));
+        part = format!("content-range: bytes {from}-{}/{total}\r\n", end - 1);
     }
+    script.body.truncate(script.cut.unwrap_or(usize::MAX));
     if script.byte_chunks {
         part = "transfer-encoding: chunked\r\n".to_owned();
         let mut chunks = Vec::with_capacity(script.body.len() * 6 + 5);

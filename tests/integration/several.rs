@@ -1,0 +1,146 @@
+//! One NAR from several peers at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use crate::narinfo::field;
+use crate::support::daemon::Daemon;
+use crate::support::eventually;
+use crate::support::http::get;
+use crate::support::scripted::{Honest, Script, Scripted, Then, ask, honest, relaying};
+use crate::support::store::Store;
+
+/// Large enough to come from several at once.
+const LARGE: usize = 48 << 20;
+const PIECES: &str = "peernix_relay_pieces_total";
+const REASSIGNED: &str = "peernix_relay_pieces_reassigned_total";
+const LIES: &str = "peernix_peer_lies_total";
+const SETTINGS: &str = "[resolve]\nnarinfo_budget = \"5s\"\nstall = \"2s\"";
+
+/// A peer that says what the honest one says, but for the NAR: the script of that is made anew for each request, told how many there
+/// were before.
+fn peer(honest: &Honest, nar: impl Fn(usize, Vec<u8>) -> Script + Send + Sync + 'static) -> Scripted {
+    let (upstream, whole, asked) = (honest.daemon.url("nix-cache"), honest.nar.clone(), AtomicUsize::new(0));
+    Scripted::start(move |path| {
+        if path.ends_with(".nar") {
+            return nar(asked.fetch_add(1, Ordering::SeqCst), whole.clone());
+        }
+        let truth = get(&format!("{upstream}/{path}"));
+        Script { status: truth.status, ..Script::ok(truth.bytes()) }
+    })
+}
+
+/// Gives parts, as fast as it may be asked to.
+fn parts(nar: Vec<u8>) -> Script {
+    Script { ranges: true, ..Script::ok(nar) }
+}
+
+/// Each piece takes a while, so that the others have their turns.
+fn slow_parts(nar: Vec<u8>) -> Script {
+    std::thread::sleep(Duration::from_millis(30));
+    parts(nar)
+}
+
+/// Sends no more than the beginning of a piece.
+fn breaks_off(nar: Vec<u8>, then: Then) -> Script {
+    Script { cut: Some(100_000), then, ..parts(nar) }
+}
+
+fn fetched(honest: &Honest, daemon: &Daemon) -> std::io::Result<Vec<u8>> {
+    assert_eq!(ask(daemon, &honest.path).status, 200);
+    get(&daemon.url(&honest.nar_url)).try_bytes()
+}
+
+#[test]
+fn two_daemons_that_have_it_send_a_part_each() {
+    let stores = [Store::new(), Store::new()];
+    let contents: Vec<u8> = (0..LARGE).map(|at| (at * 31 % 251) as u8).collect();
+    let paths = stores.each_ref().map(|store| {
+        let file = store.root().join("payload");
+        std::fs::write(&file, &contents).unwrap();
+        store.add(&file)
+    });
+    assert_eq!(paths[0], paths[1]);
+    let holders = stores.each_ref().map(|store| Daemon::serve(store.root(), ""));
+    let key = crate::signatures::nix_key(&Store::new(), "stranger-1").1;
+    let (daemon, _store) = relaying(&key, &holders.each_ref().map(Daemon::substituter), SETTINGS);
+    let url = field(&ask(&daemon, &paths[0]).text(), "URL").unwrap();
+    let truth = get(&holders[0].url(&url)).bytes();
+    let before = holders[0].metric("peernix_http_response_bytes_total{route=\"nar\"}");
+    assert!(get(&daemon.url(&url)).bytes() == truth);
+    let sent =
+        holders.each_ref().map(|holder| holder.metric("peernix_http_response_bytes_total{route=\"nar\"}"));
+    let sent = [sent[0] - before, sent[1]];
+    assert!(sent.iter().all(|bytes| *bytes > 0.0), "{sent:?}");
+    assert_eq!(daemon.metric("peernix_relayed_bytes_total"), truth.len() as f64);
+    assert!(daemon.metric(PIECES) > 3.0);
+    assert_eq!(daemon.metric("peernix_relay_failovers_total"), 0.0);
+}
+
+#[test]
+fn who_dies_or_stalls_midway_is_left_out_and_its_pieces_come_from_another() {
+    let honest = honest(LARGE);
+    let dies: fn(Vec<u8>) -> Script = |nar| breaks_off(nar, Then::Closes);
+    let stalls: fn(Vec<u8>) -> Script = |nar| breaks_off(nar, Then::Hangs);
+    for fails in [dies, stalls] {
+        let wrong = peer(&honest, move |asked, nar| if asked >= 2 { fails(nar) } else { parts(nar) });
+        let right = peer(&honest, |_, nar| slow_parts(nar));
+        let (daemon, _store) = relaying(&honest.key, &[wrong.url(), right.url()], SETTINGS);
+        assert!(fetched(&honest, &daemon).unwrap() == honest.nar);
+        assert!(daemon.metric(REASSIGNED) >= 1.0);
+        assert!(wrong.asked_for(".nar") >= 3 && right.asked_for(".nar") >= 3);
+        assert_eq!(daemon.metric(LIES), 0.0);
+    }
+}
+
+#[test]
+fn a_peer_without_ranges_sends_all_or_nothing() {
+    let honest = honest(LARGE);
+    for both in [true, false] {
+        let whole = peer(&honest, |_, nar| Script::ok(nar));
+        let other = peer(&honest, move |_, nar| if both { Script::ok(nar) } else { slow_parts(nar) });
+        let (daemon, _store) = relaying(&honest.key, &[whole.url(), other.url()], SETTINGS);
+        assert!(fetched(&honest, &daemon).unwrap() == honest.nar);
+        assert_eq!(daemon.metric(LIES) + daemon.metric("peernix_relay_failovers_total"), 0.0);
+    }
+}
+
+/// Two peers send, one of them wrongly at this place of its pieces: what the client gets is never wrong, and it gets it in the end.
+fn comes_right(honest: &Honest, is_wrong: fn(usize, usize) -> bool) -> usize {
+    let wrong = peer(honest, move |_, mut nar| {
+        let len = nar.len();
+        nar.iter_mut().enumerate().filter(|(at, _)| is_wrong(*at, len)).for_each(|(_, byte)| *byte ^= 1);
+        slow_parts(nar)
+    });
+    let right = peer(honest, |_, nar| slow_parts(nar));
+    let (daemon, _store) = relaying(&honest.key, &[wrong.url(), right.url()], SETTINGS);
+    let cut = Arc::new(AtomicUsize::new(0));
+    eventually("the right one is found", || {
+        if ask(&daemon, &honest.path).status != 200 {
+            return None;
+        }
+        match get(&daemon.url(&honest.nar_url)).try_bytes() {
+            Ok(bytes) => (bytes == honest.nar).then_some(()),
+            Err(_) => {
+                cut.fetch_add(1, Ordering::SeqCst);
+                None
+            }
+        }
+    });
+    // Whoever is right is not left out for what the other did.
+    let told = daemon.logged("a peer said what is not so");
+    assert!(told.len() <= 1, "{told:?}");
+    cut.load(Ordering::SeqCst)
+}
+
+#[test]
+fn what_proves_wrong_comes_from_each_alone_and_is_never_passed_on_as_good() {
+    let honest = honest(LARGE);
+    // Given out already when it is known.
+    let cut = comes_right(&honest, |at, _| at % (64 << 10) == 7);
+    assert!(cut <= 2, "cut {cut} times");
+    // At the end, which is held back: nobody sees it.
+    let cut = comes_right(&honest, |at, len| at == len - 20);
+    assert_eq!(cut, 0);
+}
