@@ -60,7 +60,8 @@
 //! not in the local store goes to `resolve::lookup`: the remembered misses, then one flight a hash that asks all candidates
 //! at once within one budget; the first good answer wins. `resolve::relay` gives the NAR: one
 //! download (`resolve::download`) from the peer that the peer cache names, or from whoever has it now, goes on at another one
-//! (`resolve::holders`) at the same offset where one fails, and is followed by all readers through a spool ([`cache::Spools`]). A miss is remembered only if every peer that was asked said so, and is worth nothing
+//! (`resolve::holders`) at the same offset where one fails, and is followed by all readers through a spool ([`cache::Spools`]). A NAR
+//! over 32 MiB comes in pieces (`resolve::pieces`) from all who have it (`resolve::several`). A miss is remembered only if every peer that was asked said so, and is worth nothing
 //! after a peer came or gained the path ([`cache::Misses`]).
 //!
 //! ## Who is not asked
@@ -88,6 +89,10 @@
 //! - Files of spools have no names: a crash leaves none behind.
 //! - NARs are downloaded ahead of Nix, which asks for one after the other in an order that follows from their references
 //!   (`resolve::ahead`): while that is right, within half of `limits.relay_memory`.
+//! - The first good answer to a lookup is passed on, and those that come right after it are remembered too: for the NAR, the less
+//!   busy of two of them at random is asked (`resolve::choice`).
+//! - What several peers sent together and proved wrong says nothing of any of them: each is asked alone, for whole NARs, until it has shown
+//!   which one lies (`resolve::download`). Digests of pieces, which could show it at once, are nowhere signed.
 //! - nix-compat, which was asked for, is an empty placeholder on the registry; nix-narinfo and nix-derivation stand
 //!   behind [`nix`] instead.
 #![warn(unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]

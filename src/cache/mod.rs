@@ -14,7 +14,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 pub use misses::{Misses, Question};
-pub use peer_cache::{Origin, PeerCache, Served};
+pub use peer_cache::{HOLDERS, Origin, PeerCache, Served};
 pub use spool::{Appender, Deserted, SpoolReader, SpoolWriter, StillRead};
 pub use spool_state::{Piece, SpoolError};
 pub use spools::{Begin, Memory, Prepare, Spools};

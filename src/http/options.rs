@@ -93,7 +93,7 @@ pub struct Limits {
     /// Requests a second from one address, twice that in a burst; loopback exempt. More get 429. Default 5,000;
     /// 0 is no limit.
     pub requests_per_second: u32,
-    /// Memory for NARs of peers on their way: small ones whole, 4 MiB of each larger one; more wait. At least resolve.verify_first, at most 64 GiB; default 64 MiB.
+    /// Memory for NARs of peers on their way: small ones whole, 4 MiB of each larger one, up to 16 MiB more of one from several peers; more wait. At least resolve.verify_first, at most 64 GiB; default 64 MiB.
     pub relay_memory: ByteSize,
     /// Disk for NARs of peers that several clients read at once, in the state folder. 0 is none; default 4 GiB.
     pub spool: ByteSize,

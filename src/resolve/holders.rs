@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use futures_util::{Stream, StreamExt as _};
 use moka::sync::Cache;
 
+use super::choice::less_busy;
 use super::lookup::{Found, Lookup, Sought};
 use crate::cache::{Origin, PeerCache, Served};
 use crate::nix::cache_url::NarUrl;
@@ -38,14 +39,17 @@ impl Holders {
         Self { peers, cache, lookup, suspects }
     }
 
-    /// The peer that is remembered for it, if that is there.
-    pub(super) fn remembered(&self, url: &NarUrl) -> Option<Holder> {
-        let served = self.cache.get(&url.hash)?;
-        let Origin::Peer(peer) = &served.origin else { return None };
-        let fits = url.nar_hash.is_none_or(|wanted| wanted == served.nar_hash);
-        // A peer that is away is still remembered; it is asked again when it is back.
-        let is_there = || self.peers.get(peer).is_some_and(|peer| !peer.is_paused(Instant::now()));
-        (fits && is_there()).then(|| Holder { peer: peer.clone(), served: served.clone() })
+    /// A peer that is remembered for it and is there, but for those that were tried.
+    pub(super) fn remembered(&self, url: &NarUrl, tried: &[PeerId]) -> Option<Holder> {
+        let now = Instant::now();
+        let fits = |served: &Served| url.nar_hash.is_none_or(|wanted| wanted == served.nar_hash);
+        let there = self.cache.all(&url.hash).into_iter().filter(fits).filter_map(|served| {
+            let Origin::Peer(id) = &served.origin else { return None };
+            // A peer that is away is still remembered; it is asked again when it is back.
+            let peer = self.peers.get(id).filter(|peer| !tried.contains(id) && !peer.is_paused(now))?;
+            Some((peer, Holder { peer: id.clone(), served }))
+        });
+        less_busy(there.collect())
     }
 
     /// NarSize as it was told last, by a peer that is away by now perhaps.
@@ -56,7 +60,7 @@ impl Holders {
 
     /// The peer that is remembered, or whoever has it now, but for those that were tried. May be dropped midway.
     pub(super) async fn find(&self, url: &NarUrl, tried: &[PeerId]) -> Option<Holder> {
-        let remembered = self.remembered(url).filter(|holder| !tried.contains(&holder.peer));
+        let remembered = self.remembered(url, tried);
         if remembered.is_some() {
             return remembered;
         }

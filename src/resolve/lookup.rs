@@ -4,23 +4,22 @@
 //! answer, unless news came since it began: its questions may be older than they. A miss is remembered only if every peer that may be asked said "not here".
 
 use std::collections::HashMap;
+use std::pin::{Pin, pin};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
 use futures_util::{Stream, StreamExt as _, stream};
-use moka::sync::Cache;
-use nix_narinfo::Compression;
 use tokio::sync::watch;
-use tokio::time::{sleep, timeout_at};
+use tokio::time::{sleep, timeout, timeout_at};
 
-use crate::cache::{Misses, Origin, PeerCache, Question, Served};
+use super::beliefs::{Beliefs, served};
+use crate::cache::{HOLDERS, Misses, Origin, PeerCache, Question, Served};
 use crate::metrics::LookupMetrics;
-use crate::nix::cache_url::rebuilt_nar_path;
 use crate::nix::narinfo::NarInfo;
-use crate::nix::{NarHash, Signature, StoreDir, StorePathHash};
+use crate::nix::{NarHash, StorePathHash};
 use crate::peer::{Blame, Peer, PeerId, Peers};
-use crate::trust::{Trust, TrustedNarInfo};
+use crate::trust::TrustedNarInfo;
 
 /// Whoever waits for somebody else's flight waits a little longer than that may take.
 const GRACE: Duration = Duration::from_millis(50);
@@ -30,13 +29,8 @@ const AT_ONCE: usize = 32;
 const NEWCOMERS_AT_ONCE: usize = 16;
 /// How much later than its questions a flight ends.
 const LAST_WORD: Duration = Duration::from_millis(10);
-/// Signatures of one narinfo: each that may be a trusted key's takes time to check.
-const MAX_SIGNATURES: usize = 64;
-/// Names of keys that are told of what nobody trusted has signed, and the characters of each.
-const NAMES_TOLD: usize = 8;
-const NAME_LENGTH: usize = 64;
-/// After how long it is said once more of a peer that its paths are not passed on.
-const SAID_AGAIN: Duration = Duration::from_secs(300);
+/// How long after the first good answer others are heard that are on their way: they say who has it too.
+const HEARD_OUT: Duration = Duration::from_millis(50);
 /// The first pause before a peer that can't be reached is tried again.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
 
@@ -113,8 +107,6 @@ pub(super) struct Lookup(Arc<Inner>);
 struct Inner {
     parts: Parts,
     flights: Mutex<HashMap<Sought, Flight>>,
-    /// Peers of which it was said that their paths are not passed on.
-    untrusted: Cache<PeerId, ()>,
 }
 
 /// What a lookup is made of.
@@ -123,8 +115,7 @@ pub(super) struct Parts {
     pub(super) peers: Peers,
     pub(super) misses: Misses,
     pub(super) cache: PeerCache,
-    pub(super) trust: Trust,
-    pub(super) store_dir: StoreDir,
+    pub(super) beliefs: Beliefs,
     /// One deadline for all of it.
     pub(super) budget: Duration,
     pub(super) metrics: LookupMetrics,
@@ -139,8 +130,7 @@ enum Said {
 
 impl Lookup {
     pub(super) fn new(parts: Parts) -> Self {
-        let untrusted = Cache::builder().max_capacity(1024).time_to_live(SAID_AGAIN).build();
-        Self(Arc::new(Inner { parts, flights: Mutex::default(), untrusted }))
+        Self(Arc::new(Inner { parts, flights: Mutex::default() }))
     }
 
     /// Finds a narinfo. `None`: nobody has it, or nobody said so in time. May be dropped midway.
@@ -173,16 +163,14 @@ impl Lookup {
             return None;
         }
         let (lookup, deadline) = (self.clone(), Instant::now() + self.0.parts.budget);
-        let answers = stream::iter(asked).map(move |peer| {
-            let (lookup, sought) = (lookup.clone(), sought.clone());
-            async move {
-                match lookup.ask(peer, sought.hash, deadline).await {
-                    (peer, Said::Here(narinfo)) => lookup.believe(&peer, &sought, *narinfo),
-                    _ => None,
-                }
-            }
-        });
-        Some(answers.buffer_unordered(AT_ONCE).filter_map(std::future::ready))
+        Some(self.questions(asked, sought.hash, deadline).filter_map(move |(peer, said)| {
+            let found = match said {
+                Said::Here(narinfo) => lookup.0.parts.beliefs.believe(&peer, &sought, *narinfo),
+                Said::NotHere | Said::Nothing => None,
+            };
+            found.iter().for_each(|found| lookup.0.parts.cache.also(sought.hash, found.served.clone()));
+            std::future::ready(found)
+        }))
     }
 
     /// Whether nobody has it, as far as that is known without asking: every peer said so, or there is none.
@@ -218,42 +206,95 @@ impl Lookup {
         tokio::spawn(async move {
             let began = Instant::now();
             let lookup = landing.lookup.clone();
-            let outcome = lookup.fly(&landing.sought, &landing.question).await;
+            let Sought { hash, without, .. } = &landing.sought;
+            let hash = *hash;
+            let deadline = began + lookup.0.parts.budget;
+            let (mut candidates, somebody_is_left_out) = lookup.0.parts.peers.candidates(&hash);
+            candidates.retain(|peer| !without.contains(&peer.id));
+            let mut answers = pin!(lookup.questions(candidates, hash, deadline));
+            let fly = lookup.fly(answers.as_mut(), deadline, &landing.sought, !somebody_is_left_out);
+            let outcome = fly.await;
+            if matches!(outcome, Outcome::Missing) {
+                landing.question.nobody_has_it();
+            }
             lookup.0.parts.metrics.outcome(outcome.name(), began.elapsed().as_secs_f64());
             // Off the list first: whoever comes now begins anew and finds what was remembered.
             drop(landing);
-            sender.send_replace(Some(outcome));
+            sender.send_replace(Some(outcome.clone()));
+            if let Outcome::Found(found) = outcome {
+                let _ = timeout(HEARD_OUT, lookup.hear_out(answers, hash, &found.served)).await;
+            }
         });
         receiver
     }
 
-    async fn fly(&self, sought: &Sought, question: &Question) -> Outcome {
-        let hash = sought.hash;
-        let deadline = tokio::time::Instant::now() + self.0.parts.budget;
-        let (candidates, somebody_is_left_out) = self.0.parts.peers.candidates(&hash);
-        let candidates = candidates.into_iter().filter(|peer| !sought.without.contains(&peer.id));
-        // Many at once, and the next as they answer: however many are known, sockets are few.
-        let (proven, newcomers): (Vec<Peer>, Vec<Peer>) = candidates.partition(Peer::is_proven);
+    /// Asks many at once, and the next as they answer: however many are known, sockets are few.
+    fn questions(
+        &self,
+        peers: Vec<Peer>,
+        hash: StorePathHash,
+        deadline: Instant,
+    ) -> impl Stream<Item = (Peer, Said)> + Send + use<> {
+        let (proven, newcomers): (Vec<Peer>, Vec<Peer>) = peers.into_iter().partition(Peer::is_proven);
         let ask = |peers: Vec<Peer>| {
-            stream::iter(peers.into_iter().map(|peer| self.ask(peer, hash, deadline.into_std())))
+            let lookup = self.clone();
+            stream::iter(peers).map(move |peer| {
+                let lookup = lookup.clone();
+                async move { lookup.ask(peer, hash, deadline).await }
+            })
         };
         let proven = ask(proven).buffer_unordered(AT_ONCE);
-        let mut asked = stream::select(proven, ask(newcomers).buffer_unordered(NEWCOMERS_AT_ONCE));
-        let mut all_said_so = !somebody_is_left_out;
+        stream::select(proven, ask(newcomers).buffer_unordered(NEWCOMERS_AT_ONCE))
+    }
+
+    async fn fly(
+        &self,
+        mut answers: Pin<&mut impl Stream<Item = (Peer, Said)>>,
+        deadline: Instant,
+        sought: &Sought,
+        all_are_asked: bool,
+    ) -> Outcome {
+        // A little after the deadline that each question has itself: the silent are noted as such.
+        let deadline = tokio::time::Instant::from_std(deadline) + LAST_WORD;
+        let mut all_said_so = all_are_asked;
         loop {
-            // A little after the deadline that each question has itself: the silent are noted as such.
-            match timeout_at(deadline + LAST_WORD, asked.next()).await {
-                Ok(Some((peer, Said::Here(narinfo)))) => match self.believe(&peer, sought, *narinfo) {
-                    Some(found) => return Outcome::Found(found),
-                    None => all_said_so = false,
-                },
+            match timeout_at(deadline, answers.next()).await {
+                Ok(Some((peer, Said::Here(narinfo)))) => {
+                    match self.0.parts.beliefs.believe(&peer, sought, *narinfo) {
+                        Some(found) => {
+                            self.0.parts.cache.remember(sought.hash, found.served.clone());
+                            return Outcome::Found(found);
+                        }
+                        None => all_said_so = false,
+                    }
+                }
                 Ok(Some((_, Said::NotHere))) => {}
                 Ok(Some((_, Said::Nothing))) => all_said_so = false,
-                Ok(None) if all_said_so && sought.is_general() => {
-                    question.nobody_has_it();
-                    return Outcome::Missing;
-                }
+                Ok(None) if all_said_so && sought.is_general() => return Outcome::Missing,
                 Ok(None) | Err(_) => return Outcome::Unknown,
+            }
+        }
+    }
+
+    /// Who else has what was found, of those who were asked: their answers are on their way. That they have it is a claim; what
+    /// they send is checked against what was proven.
+    async fn hear_out(
+        &self,
+        mut answers: Pin<&mut impl Stream<Item = (Peer, Said)>>,
+        hash: StorePathHash,
+        found: &Served,
+    ) {
+        let mut known = 1;
+        while known < HOLDERS
+            && let Some((peer, said)) = answers.next().await
+        {
+            let Said::Here(narinfo) = said else { continue };
+            let facts = (narinfo.info.nar_hash, narinfo.info.nar_size);
+            if facts == (found.nar_hash, found.nar_size)
+                && let Some(served) = served(&peer, &narinfo)
+            {
+                known += 1;
+                self.0.parts.cache.also(hash, served);
             }
         }
     }
@@ -269,7 +310,7 @@ impl Lookup {
             match client.narinfo(&hash, left).await {
                 Ok(text) => {
                     let took = began.elapsed();
-                    let said = match text.map(|text| self.read(&text, &hash)).transpose() {
+                    let said = match text.map(|text| self.0.parts.beliefs.read(&text, &hash)).transpose() {
                         Ok(narinfo) => narinfo.map_or(Said::NotHere, |narinfo| Said::Here(Box::new(narinfo))),
                         Err(lie) => {
                             self.0.parts.peers.lied(&peer.id, &lie);
@@ -292,62 +333,6 @@ impl Lookup {
             }
         }
     }
-
-    /// Reads what a peer gave as the narinfo of a path; or what is wrong with it on its face.
-    fn read(&self, text: &[u8], hash: &StorePathHash) -> Result<NarInfo, String> {
-        let narinfo = NarInfo::parse(text, &self.0.parts.store_dir)
-            .map_err(|error| format!("a narinfo that is none: {error}"))?;
-        if narinfo.info.signatures.len() > MAX_SIGNATURES {
-            return Err(format!("a narinfo with {} signatures", narinfo.info.signatures.len()));
-        }
-        if narinfo.info.hash() == *hash { Ok(narinfo) } else { Err("the narinfo of another path".to_owned()) }
-    }
-
-    /// Checks what a peer said.
-    fn believe(&self, peer: &Peer, sought: &Sought, narinfo: NarInfo) -> Option<Found> {
-        let hash = &sought.hash;
-        if sought.nar_hash.is_some_and(|wanted| wanted != narinfo.info.nar_hash) {
-            // Built there with another outcome: no lie, and not what is looked for.
-            return None;
-        }
-        if narinfo.file.compression != Compression::None {
-            tracing::debug!(peer.id = %peer.id, "a peer has the path packed, which is not relayed");
-            return None;
-        }
-        let signed_by = key_names(&narinfo);
-        match self.0.parts.trust.verify(narinfo) {
-            Ok(narinfo) => {
-                let info = &narinfo.narinfo().info;
-                let (nar_hash, nar_size) = (info.nar_hash, info.nar_size);
-                let Some(nar_path) = rebuilt_nar_path(&narinfo.narinfo().file.url, hash, &nar_hash) else {
-                    tracing::debug!(peer.id = %peer.id, "a peer names a NAR in a way that is not known");
-                    return None;
-                };
-                let (origin, told) = (Origin::Peer(peer.id.clone()), Some(Instant::now()));
-                let served = Served { origin, nar_hash, nar_size, nar_path, told };
-                self.0.parts.cache.remember(*hash, served.clone());
-                Some(Found { peer: peer.id.clone(), narinfo: Arc::new(narinfo), served })
-            }
-            Err(error) => {
-                // A path that was built there and whose key is not trusted here is no lie.
-                self.0.parts.metrics.untrusted.inc();
-                // It may have thousands of such paths: the first says what to do.
-                if self.0.untrusted.entry(peer.id.clone()).or_insert(()).is_fresh() {
-                    tracing::info!(peer.url, signed_by, store_path.hash = %hash, %error, "a peer's path is not passed on");
-                } else {
-                    tracing::debug!(peer.id = %peer.id, store_path.hash = %hash, %error, "another path is not passed on");
-                }
-                None
-            }
-        }
-    }
-}
-
-/// By whom it says to be signed.
-fn key_names(narinfo: &NarInfo) -> String {
-    let signatures = narinfo.info.signatures.iter().take(NAMES_TOLD);
-    let name = |signature: &Signature| signature.key_name.chars().take(NAME_LENGTH).collect::<String>();
-    signatures.map(name).collect::<Vec<_>>().join(" ")
 }
 
 impl Outcome {

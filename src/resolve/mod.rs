@@ -5,6 +5,8 @@
 //! content ([`Scope::LocalOnly`]) never leaves the host.
 
 mod ahead;
+mod beliefs;
+mod choice;
 mod download;
 mod fetch;
 mod holders;
@@ -33,6 +35,7 @@ pub use relay::RelayedNar;
 pub use share::{Holdings, Share, ShareOptions};
 
 use self::ahead::Ahead;
+use self::beliefs::Beliefs;
 use self::holders::Holders;
 use self::local::Local;
 use self::lookup::{Lookup, Sought};
@@ -128,8 +131,7 @@ impl Resolver {
             peers: peers.clone(),
             misses: misses.clone(),
             cache: cache.clone(),
-            trust: trust.clone(),
-            store_dir: store.store_dir().clone(),
+            beliefs: Beliefs::new(trust.clone(), store.store_dir().clone(), metrics.clone()),
             budget: options.narinfo_budget,
             metrics: metrics.clone(),
         });

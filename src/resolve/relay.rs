@@ -68,7 +68,9 @@ impl Relays {
     /// Downloads what this client will most likely ask for next, while it is busy with what it has asked for.
     fn prepare(&self, asked: &StorePathHash) {
         for hash in self.ahead.asked(asked) {
-            let Some(holder) = self.holders.remembered(&NarUrl { hash, nar_hash: None }) else { continue };
+            let Some(holder) = self.holders.remembered(&NarUrl { hash, nar_hash: None }, &[]) else {
+                continue;
+            };
             let Served { nar_hash, nar_size, .. } = holder.served;
             match self.spools.prepare(&nar_hash, nar_size) {
                 Prepare::Write(writer) => {

@@ -1,6 +1,5 @@
 //! One NAR from several peers at once.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -12,7 +11,7 @@ use crate::support::scripted::{Honest, Script, Scripted, Then, ask, honest, rela
 use crate::support::store::Store;
 
 /// Large enough to come from several at once.
-const LARGE: usize = 48 << 20;
+const LARGE: usize = 34 << 20;
 const PIECES: &str = "peernix_relay_pieces_total";
 const REASSIGNED: &str = "peernix_relay_pieces_reassigned_total";
 const LIES: &str = "peernix_peer_lies_total";
@@ -21,7 +20,16 @@ const SETTINGS: &str = "[resolve]\nnarinfo_budget = \"5s\"\nstall = \"2s\"";
 /// A peer that says what the honest one says, but for the NAR: the script of that is made anew for each request, told how many there
 /// were before.
 fn peer(honest: &Honest, nar: impl Fn(usize, Vec<u8>) -> Script + Send + Sync + 'static) -> Scripted {
-    let (upstream, whole, asked) = (honest.daemon.url("nix-cache"), honest.nar.clone(), AtomicUsize::new(0));
+    peer_with(honest, honest.nar.clone(), nar)
+}
+
+/// The same with other bytes.
+fn peer_with(
+    honest: &Honest,
+    whole: Vec<u8>,
+    nar: impl Fn(usize, Vec<u8>) -> Script + Send + Sync + 'static,
+) -> Scripted {
+    let (upstream, asked) = (honest.daemon.url("nix-cache"), AtomicUsize::new(0));
     Scripted::start(move |path| {
         if path.ends_with(".nar") {
             return nar(asked.fetch_add(1, Ordering::SeqCst), whole.clone());
@@ -106,41 +114,61 @@ fn a_peer_without_ranges_sends_all_or_nothing() {
     }
 }
 
-/// Two peers send, one of them wrongly at this place of its pieces: what the client gets is never wrong, and it gets it in the end.
-fn comes_right(honest: &Honest, is_wrong: fn(usize, usize) -> bool) -> usize {
-    let wrong = peer(honest, move |_, mut nar| {
-        let len = nar.len();
-        nar.iter_mut().enumerate().filter(|(at, _)| is_wrong(*at, len)).for_each(|(_, byte)| *byte ^= 1);
-        slow_parts(nar)
-    });
+/// Two peers send, one of them wrongly at these places: what the client gets is never wrong, and it gets it in the end. Gives how often
+/// it was cut off before.
+fn comes_right(honest: &Honest, wrong_at: impl Iterator<Item = usize>) -> usize {
+    let mut bytes = honest.nar.clone();
+    wrong_at.for_each(|at| bytes[at] ^= 1);
+    let wrong = peer_with(honest, bytes, |_, nar| slow_parts(nar));
     let right = peer(honest, |_, nar| slow_parts(nar));
     let (daemon, _store) = relaying(&honest.key, &[wrong.url(), right.url()], SETTINGS);
-    let cut = Arc::new(AtomicUsize::new(0));
+    let mut cut = 0;
     eventually("the right one is found", || {
         if ask(&daemon, &honest.path).status != 200 {
             return None;
         }
-        match get(&daemon.url(&honest.nar_url)).try_bytes() {
-            Ok(bytes) => (bytes == honest.nar).then_some(()),
-            Err(_) => {
-                cut.fetch_add(1, Ordering::SeqCst);
-                None
-            }
-        }
+        let Ok(bytes) = get(&daemon.url(&honest.nar_url)).try_bytes() else {
+            cut += 1;
+            return None;
+        };
+        assert!(bytes == honest.nar, "other bytes are passed on as good");
+        Some(())
     });
     // Whoever is right is not left out for what the other did.
     let told = daemon.logged("a peer said what is not so");
     assert!(told.len() <= 1, "{told:?}");
-    cut.load(Ordering::SeqCst)
+    cut
 }
 
 #[test]
 fn what_proves_wrong_comes_from_each_alone_and_is_never_passed_on_as_good() {
     let honest = honest(LARGE);
+    let len = honest.nar.len();
     // Given out already when it is known.
-    let cut = comes_right(&honest, |at, _| at % (64 << 10) == 7);
+    let cut = comes_right(&honest, (7..len).step_by(64 << 10));
     assert!(cut <= 2, "cut {cut} times");
     // At the end, which is held back: nobody sees it.
-    let cut = comes_right(&honest, |at, len| at == len - 20);
-    assert_eq!(cut, 0);
+    assert_eq!(comes_right(&honest, std::iter::once(len - 20)), 0);
+}
+
+#[test]
+fn small_nars_come_now_from_one_and_now_from_the_other() {
+    let stores = [Store::new(), Store::new()];
+    let paths: Vec<String> = (0..24)
+        .map(|number| {
+            let added = stores.each_ref().map(|store| store.add_text("text", &format!("text {number}")));
+            assert_eq!(added[0], added[1]);
+            added[0].clone()
+        })
+        .collect();
+    let holders = stores.each_ref().map(|store| Daemon::serve(store.root(), ""));
+    let key = crate::signatures::nix_key(&Store::new(), "stranger-1").1;
+    let (daemon, _store) = relaying(&key, &holders.each_ref().map(Daemon::substituter), SETTINGS);
+    for path in &paths {
+        let url = field(&ask(&daemon, path).text(), "URL").unwrap();
+        assert_eq!(get(&daemon.url(&url)).status, 200);
+    }
+    let sent =
+        holders.each_ref().map(|holder| holder.metric("peernix_http_response_bytes_total{route=\"nar\"}"));
+    assert!(sent.iter().all(|bytes| *bytes > 0.0), "{sent:?}");
 }
