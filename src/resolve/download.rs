@@ -182,7 +182,7 @@ impl Download {
     }
 
     /// Goes on with this peer alone where the one before has ended; it may have begun to send already.
-    async fn alone(&mut self, holder: &Holder, begun: Option<Arriving>) -> Result<(), DownloadError> {
+    async fn alone(&mut self, holder: &Holder, begun: Option<Box<Arriving>>) -> Result<(), DownloadError> {
         let Holder { peer, served } = holder;
         let (before, nar_size) = (self.verified.got(), self.verified.nar_size());
         if served.nar_size != nar_size {
@@ -193,7 +193,7 @@ impl Download {
         let mut pace = Pace::new(self.stall, known.in_flight);
         self.waits_since = Instant::now();
         let mut arriving = match begun {
-            Some(begun) => begun,
+            Some(begun) => *begun,
             None => {
                 let client = self.holders.peers.client(&known)?;
                 let arriving = client.file(&served.nar_path, before, self.stall).await?;

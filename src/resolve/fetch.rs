@@ -29,7 +29,7 @@ pub(super) struct Fetch {
 /// Why a piece did not come.
 pub(super) enum Failed {
     /// The peer sends all or nothing: this is all, from its beginning on.
-    NoRanges(Arriving),
+    NoRanges(Box<Arriving>),
     /// Anything else.
     Download(DownloadError),
 }
@@ -69,7 +69,7 @@ impl Fetch {
     }
 
     /// How long the peer was waited for in all.
-    pub(super) fn waited(&self) -> Duration {
+    pub(super) fn all_waits(&self) -> Duration {
         self.pace.all_waits
     }
 
@@ -88,7 +88,7 @@ impl Fetch {
                 self.pace.all_waits += self.waits_since.elapsed();
                 let arriving = asked.ok_or(DownloadError::NotThere)?;
                 if !arriving.is_part {
-                    return Err(Failed::NoRanges(arriving));
+                    return Err(Failed::NoRanges(Box::new(arriving)));
                 }
                 let expected = self.end - self.at;
                 if let Some(got) = arriving.remaining().filter(|remaining| *remaining != expected) {

@@ -31,7 +31,7 @@ pub(super) enum Ended {
     /// All came, and has proven right.
     Proven,
     /// One peer is left, which may have begun to send all of it.
-    Alone(Holder, Option<Arriving>),
+    Alone(Holder, Option<Box<Arriving>>),
 }
 
 /// A step of a fetch: what came.
@@ -183,7 +183,7 @@ impl Download {
                 }
                 if came.is_over {
                     source.is_free = true;
-                    source.waited += fetch.waited();
+                    source.waited += fetch.all_waits();
                 } else {
                     several.fetches.push(Box::pin(fetch.next()));
                 }
