@@ -1,0 +1,197 @@
+//! What a second holder is worth: `cargo bench --bench several`, as root.
+//!
+//! Three hosts on a bridge, each in a network namespace of its own; two of them have a path of 128 MiB. The third fetches its
+//! NAR through its daemon, in turn with both holders alive and with one alone: once with what each holder sends shaped to 100 Mbit/s,
+//! once unshaped, where a second one can gain little and must not cost anything. Prints each round, the medians and their
+//! ratios. Needs nix-bin, iproute2 and curl.
+
+#![allow(missing_docs, reason = "a program without an interface")]
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const ROUNDS: usize = 5;
+const SIZE: usize = 128 << 20;
+const NETWORK: &str = "10.78.0";
+
+fn main() {
+    // `cargo bench` passes its own arguments to every bench, and `cargo test` runs them without any.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let folder = folder.path();
+    let lan = Lan::new();
+    let path = ["one", "two"].map(|name| add(folder, name)).into_iter().next().expect("a path");
+    for (what, is_shaped) in [("100 Mbit/s each", true), ("unshaped", false)] {
+        let (mut both, mut one) = (Vec::new(), Vec::new());
+        for holder in 1..=2 {
+            lan.shape(holder, is_shaped);
+        }
+        for round in 0..ROUNDS {
+            for (name, holders, times) in [("both", 2, &mut both), ("one", 1, &mut one)] {
+                let took = fetch(folder, &lan, &path, holders);
+                println!("{what}, round {round}: {name} {:.3} s", took.as_secs_f64());
+                times.push(took);
+            }
+        }
+        let (both, one) = (median(&mut both), median(&mut one));
+        println!("{what}: median from both {both:.3} s, from one {one:.3} s, ratio {:.3}", both / one);
+    }
+}
+
+fn median(times: &mut [Duration]) -> f64 {
+    times.sort();
+    times[times.len() / 2].as_secs_f64()
+}
+
+/// Starts the daemons anew, so that nobody remembers anything, and fetches the NAR once.
+fn fetch(folder: &Path, lan: &Lan, path: &str, holders: usize) -> Duration {
+    let mut daemons = Vec::new();
+    for (number, name) in ["one", "two"].iter().enumerate().take(holders) {
+        daemons.push(Daemon::start(folder, lan, name, number + 1, ""));
+    }
+    let peers: String = (1..=holders)
+        .map(|number| format!("[[peer]]\nurl = \"http://{NETWORK}.{number}:9999/nix-cache\"\n"))
+        .collect();
+    let settings = format!("[trust]\nhost_keys = false\nunsigned = \"relay\"\n{peers}");
+    daemons.push(Daemon::start(folder, lan, "fetching", 3, &settings));
+    let hash = &path["/nix/store/".len()..][..32];
+    let narinfo = lan.curl(3, &format!("http://127.0.0.1:9999/nix-cache/{hash}.narinfo"), None);
+    let narinfo = String::from_utf8(narinfo).expect("a narinfo");
+    let url = narinfo.lines().find_map(|line| line.strip_prefix("URL: ")).expect("a narinfo with a URL");
+    let target = folder.join("nar");
+    let began = Instant::now();
+    lan.curl(3, &format!("http://127.0.0.1:9999/nix-cache/{url}"), Some(&target));
+    let took = began.elapsed();
+    let len = std::fs::metadata(&target).expect("a NAR").len();
+    assert!(len > SIZE as u64, "{len} bytes");
+    took
+}
+
+/// Puts the path into a store of its own. Content-addressed, so that it is one path in both.
+fn add(folder: &Path, name: &str) -> String {
+    let (root, file) = (folder.join(name), folder.join("several-bench"));
+    std::fs::create_dir_all(&root).expect("a store");
+    let mut random = fastrand::Rng::with_seed(1);
+    let mut contents = std::io::BufWriter::new(std::fs::File::create(&file).expect("a file"));
+    for _ in 0..SIZE / 8 {
+        contents.write_all(&random.u64(..).to_le_bytes()).expect("a file");
+    }
+    drop(contents);
+    let mut add = Command::new("nix-store");
+    add.env("HOME", folder).env("NIX_CONF_DIR", folder).env("NIX_CONFIG", "build-users-group =");
+    add.env_remove("NIX_REMOTE").arg("--store").arg(&root).arg("--add").arg(&file);
+    let told = add.output().expect("nix-store; install nix-bin");
+    assert!(told.status.success(), "{}", String::from_utf8_lossy(&told.stderr));
+    String::from_utf8_lossy(&told.stdout).trim().to_owned()
+}
+
+/// A bridge and three hosts on it, each a process that keeps its network namespace open.
+struct Lan {
+    bridge: Child,
+    hosts: Vec<Child>,
+}
+
+impl Lan {
+    fn new() -> Self {
+        let bridge = namespace("ip link set lo up && ip link add br0 type bridge && ip link set br0 up");
+        let mut hosts = Vec::new();
+        for number in 1..=3 {
+            let host = namespace("ip link set lo up");
+            let inside = format!("ip link add cable{number} type veth peer name eth0 netns {}", host.id());
+            run(&bridge, &format!("{inside} && ip link set cable{number} master br0 up"));
+            run(&host, &format!("ip address add {NETWORK}.{number}/24 dev eth0 && ip link set eth0 up"));
+            hosts.push(host);
+        }
+        Self { bridge, hosts }
+    }
+
+    fn host(&self, number: usize) -> &Child {
+        &self.hosts[number - 1]
+    }
+
+    fn shape(&self, number: usize, is_shaped: bool) {
+        let script = if is_shaped {
+            "tc qdisc add dev eth0 root tbf rate 100mbit burst 64k latency 50ms"
+        } else {
+            "tc qdisc del dev eth0 root"
+        };
+        run(self.host(number), script);
+    }
+
+    fn curl(&self, number: usize, url: &str, target: Option<&Path>) -> Vec<u8> {
+        let mut curl = inside(self.host(number), "curl");
+        curl.args(["--silent", "--show-error", "--fail", "--max-time", "120", url]);
+        if let Some(target) = target {
+            curl.arg("--output").arg(target);
+        }
+        let told = curl.output().expect("curl");
+        assert!(told.status.success(), "{url}: {}", String::from_utf8_lossy(&told.stderr));
+        told.stdout
+    }
+}
+
+impl Drop for Lan {
+    fn drop(&mut self) {
+        for process in self.hosts.iter_mut().chain([&mut self.bridge]) {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+fn namespace(script: &str) -> Child {
+    let mut unshare = Command::new("unshare");
+    unshare.args(["--net", "sh", "-c", &format!("{script} && echo ready && exec sleep infinity")]);
+    let mut process = unshare.stdout(Stdio::piped()).spawn().expect("unshare");
+    let mut line = String::new();
+    let stdout = process.stdout.take().expect("its output");
+    BufReader::new(stdout).read_line(&mut line).expect("its output");
+    assert_eq!(line, "ready\n", "network namespaces need root");
+    process
+}
+
+fn inside(host: &Child, program: &str) -> Command {
+    let mut command = Command::new("nsenter");
+    command.args(["--target", &host.id().to_string(), "--net", "--", program]);
+    command
+}
+
+fn run(host: &Child, script: &str) {
+    let told = inside(host, "sh").args(["-c", script]).output().expect("nsenter");
+    assert!(told.status.success(), "{script}: {}", String::from_utf8_lossy(&told.stderr));
+}
+
+/// The real program; killed when dropped.
+struct Daemon(Child);
+
+impl Daemon {
+    fn start(folder: &Path, lan: &Lan, name: &str, number: usize, settings: &str) -> Self {
+        let (root, state) = (folder.join(name), folder.join(format!("{name}-state")));
+        std::fs::create_dir_all(&root).expect("a store");
+        let settings = format!(
+            "[discovery]\nenable = false\n[store]\nroot = {root:?}\n[state]\ndirectory = {state:?}\n\
+             [log]\nformat = \"json\"\n{settings}"
+        );
+        let file = folder.join(format!("{name}.toml"));
+        std::fs::write(&file, settings).expect("a configuration");
+        let mut program = inside(lan.host(number), env!("CARGO_BIN_EXE_peernix"));
+        program.args(["--listen", "0.0.0.0:9999", "--config"]).arg(&file).stderr(Stdio::piped());
+        let mut process = program.spawn().expect("the daemon");
+        let mut lines = BufReader::new(process.stderr.take().expect("its log")).lines().map_while(Result::ok);
+        assert!(lines.any(|line| line.contains("\"listening\"")), "a daemon that starts");
+        // Whoever stops reading would stop the daemon.
+        std::thread::spawn(move || lines.for_each(drop));
+        Self(process)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
