@@ -91,6 +91,7 @@
 //!   (`resolve::ahead`): while that is right, within half of `limits.relay_memory`.
 //! - The first good answer to a lookup is passed on, and those that come right after it are remembered too: for the NAR, the less
 //!   busy of two of them at random is asked (`resolve::choice`).
+//! - A peer that sends more than a 1 Gbit/s link carries sends all of a NAR alone: several are slower then, by the work they make.
 //! - What several peers sent together and proved wrong says nothing of any of them: each is asked alone, for whole NARs, until it has shown
 //!   which one lies (`resolve::download`). Digests of pieces, which could show it at once, are nowhere signed.
 //! - nix-compat, which was asked for, is an empty placeholder on the registry; nix-narinfo and nix-derivation stand

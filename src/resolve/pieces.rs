@@ -23,6 +23,9 @@ const SOONER: f64 = 2.0;
 const SOONER_BY: Duration = Duration::from_millis(50);
 /// A source that was overtaken so often in a row is asked only for what nobody else can give.
 const BEATEN: u32 = 3;
+/// A source that alone sends so many bytes a second is on no slower a link than most hosts have: more than 1 Gbit/s carries. What
+/// bounds it then is the work, of which pieces make more.
+const FAST: f64 = 128.0 * 1024.0 * 1024.0;
 /// How much the latest piece counts in a source's rate.
 const WEIGHT: f64 = 0.5;
 
@@ -105,9 +108,9 @@ impl Pieces {
         }
     }
 
-    /// Another source, that gave so many bytes a second before, if that is known. Gives its number.
-    pub(super) fn add_source(&mut self, rate: Option<f64>) -> usize {
-        self.sources.push(Source { rate, beaten: 0, asked: None, is_gone: false });
+    /// Another source. Gives its number.
+    pub(super) fn add_source(&mut self) -> usize {
+        self.sources.push(Source { rate: None, beaten: 0, asked: None, is_gone: false });
         self.sources.len() - 1
     }
 
@@ -207,6 +210,14 @@ impl Pieces {
     /// Whether everything that was asked for was taken, and no more will be asked for.
     pub(super) fn is_over(&self) -> bool {
         self.open.is_empty() && (self.is_frozen || self.next == self.end)
+    }
+
+    /// The fastest source that is left, and whether it is so fast that others would only be in its way.
+    pub(super) fn fastest(&self) -> Option<(usize, bool)> {
+        let left = self.sources.iter().enumerate().filter(|(_, source)| !source.is_gone);
+        let rate = |source: &Source| source.rate.unwrap_or_default();
+        let fastest = left.max_by(|(_, one), (_, other)| rate(one).total_cmp(&rate(other)))?;
+        Some((fastest.0, rate(fastest.1) >= FAST))
     }
 
     /// Whether anything came.
@@ -334,7 +345,7 @@ mod tests {
         let began = Instant::now();
         let (mut pieces, mut now, mut step) = (Pieces::new(0..size, ahead), began, 0);
         for _ in sources.iter() {
-            pieces.add_source(None);
+            pieces.add_source();
         }
         let (mut position, mut kept) = (0, 0);
         while !pieces.is_over() {
@@ -411,7 +422,7 @@ mod tests {
     #[test]
     fn the_rest_of_what_failed_is_asked_for_and_nothing_new_of_what_is_frozen() {
         let (mut pieces, now) = (Pieces::new(100..100 + 8 * MIB, 8 * MIB), Instant::now());
-        let (one, two) = (pieces.add_source(None), pieces.add_source(None));
+        let (one, two) = (pieces.add_source(), pieces.add_source());
         let (first, second) = (100..100 + MIB, 100 + MIB..100 + 2 * MIB);
         assert_eq!(pieces.ask(one, now), Some(Ask::New(first.clone())));
         assert_eq!(pieces.ask(one, now), None, "it has something to do");
@@ -430,6 +441,22 @@ mod tests {
         // Who was never asked, or is over, changes nothing.
         assert!(pieces.came(two, bytes(0..9), now).is_over && pieces.came(7, bytes(0..9), now).is_over);
         pieces.gone(7);
+    }
+
+    #[test]
+    fn the_fastest_is_known_and_whether_it_needs_no_help() {
+        let (mut pieces, now) = (Pieces::new(0..64 * MIB, 16 * MIB), Instant::now());
+        let (one, two) = (pieces.add_source(), pieces.add_source());
+        let mut sends = |source: usize, took: Duration| {
+            let Some(Ask::New(range)) = pieces.ask(source, now) else { panic!("there is more") };
+            pieces.came(source, bytes(range), now + took);
+            pieces.fastest()
+        };
+        assert_eq!(sends(one, Duration::from_millis(50)), Some((one, false)));
+        assert_eq!(sends(two, Duration::from_millis(20)), Some((two, false)));
+        assert_eq!(sends(one, Duration::from_millis(2)), Some((one, true)));
+        pieces.gone(one);
+        assert_eq!(pieces.fastest(), Some((two, false)));
     }
 
     proptest! {

@@ -1,7 +1,7 @@
 //! One NAR from several peers at once: pieces for whoever is free, and their bytes to the readers in their order.
 //!
 //! Asks and waits; whom for what is decided in [`super::pieces`]. It begins with one peer, and those who turn out to have it too
-//! join in. A peer that fails is blamed and left out; the last one that is left goes on alone, as if nobody else had been there.
+//! join in. A peer that fails is blamed and left out; the last one that is left goes on alone, as if nobody else had been there, and so does one that is so fast that others gain nothing.
 
 use std::collections::VecDeque;
 use std::pin::pin;
@@ -30,7 +30,7 @@ pub(super) type Others = BoxStream<'static, Holder>;
 pub(super) enum Ended {
     /// All came, and has proven right.
     Proven,
-    /// One peer is left, which may have begun to send all of it.
+    /// One peer is left, or is fast enough alone, which may have begun to send all of it.
     Alone(Holder, Option<Box<Arriving>>),
 }
 
@@ -81,7 +81,11 @@ impl Download {
             return Err(error);
         }
         loop {
-            if several.pieces.left() == 1 && several.others.is_none() {
+            let is_fast = several.pieces.fastest().is_some_and(|(_, is_fast)| is_fast);
+            if is_fast {
+                several.others = None;
+            }
+            if is_fast || (several.pieces.left() == 1 && several.others.is_none()) {
                 several.pieces.freeze();
             }
             if several.pieces.is_over() {
@@ -111,17 +115,16 @@ impl Download {
                 () = sleep(TICK), if has_free => {}
             }
         }
-        let sources = several.sources.into_iter().filter(|source| !source.is_gone);
-        let mut left: Vec<Source> = sources.collect();
-        for source in &left {
+        for source in several.sources.iter().filter(|source| !source.is_gone) {
             self.sent.push((source.holder.peer.clone(), source.sent, source.waited));
         }
         if self.verified.got() == self.verified.nar_size() {
             self.verified.prove().await?;
             return Ok(Ended::Proven);
         }
-        let last = left.pop().ok_or(DownloadError::NotThere)?;
-        Ok(Ended::Alone(last.holder, None))
+        let fastest = several.pieces.fastest().and_then(|(number, _)| several.sources.get(number));
+        let last = fastest.ok_or(DownloadError::NotThere)?.holder.clone();
+        Ok(Ended::Alone(last, None))
     }
 
     fn joins(&self, several: &mut Several, holder: Holder) -> Result<(), DownloadError> {
@@ -132,7 +135,7 @@ impl Download {
         let in_flight = peers.began(&holder.peer);
         let known = peers.get(&holder.peer).ok_or(DownloadError::NotThere)?;
         let client = peers.client(&known)?;
-        several.pieces.add_source(known.bytes_per_second);
+        several.pieces.add_source();
         several.sources.push(Source {
             holder,
             client,

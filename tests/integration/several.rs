@@ -3,12 +3,13 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::narinfo::field;
-use crate::support::daemon::Daemon;
-use crate::support::eventually;
+use crate::narinfo::{field, hash_part};
+use crate::support::daemon::{Daemon, PROGRAM};
 use crate::support::http::get;
+use crate::support::lan::{self, Lan, metric};
 use crate::support::scripted::{Honest, Script, Scripted, Then, ask, honest, relaying};
 use crate::support::store::Store;
+use crate::support::{eventually, succeed, text};
 
 /// Large enough to come from several at once.
 const LARGE: usize = 34 << 20;
@@ -44,9 +45,9 @@ fn parts(nar: Vec<u8>) -> Script {
     Script { ranges: true, ..Script::ok(nar) }
 }
 
-/// Each piece takes a while, so that the others have their turns.
+/// Each piece takes a while, so that others are needed and have their turns.
 fn slow_parts(nar: Vec<u8>) -> Script {
-    std::thread::sleep(Duration::from_millis(30));
+    std::thread::sleep(Duration::from_millis(60));
     parts(nar)
 }
 
@@ -61,29 +62,46 @@ fn fetched(honest: &Honest, daemon: &Daemon) -> std::io::Result<Vec<u8>> {
 }
 
 #[test]
-fn two_daemons_that_have_it_send_a_part_each() {
-    let stores = [Store::new(), Store::new()];
+fn two_hosts_that_have_it_send_a_part_each() {
+    let lan = Lan::new();
+    let hosts = [lan.host(1, ""), lan.host(2, ""), lan.host(3, "")];
     let contents: Vec<u8> = (0..LARGE).map(|at| (at * 31 % 251) as u8).collect();
-    let paths = stores.each_ref().map(|store| {
-        let file = store.root().join("payload");
-        std::fs::write(&file, &contents).unwrap();
-        store.add(&file)
+    let paths = [&hosts[0], &hosts[1]].map(|host| {
+        // Faster ones need no help.
+        succeed(
+            host.command("tc")
+                .args("qdisc add dev eth0 root tbf rate 300mbit burst 64k latency 50ms".split(' ')),
+        );
+        std::fs::write(host.nix_folder().join("home/payload"), &contents).unwrap();
+        text(host.command("nix-store").args(["--add", "/nix/home/payload"]))
     });
     assert_eq!(paths[0], paths[1]);
-    let holders = stores.each_ref().map(|store| Daemon::serve(store.root(), ""));
-    let key = crate::signatures::nix_key(&Store::new(), "stranger-1").1;
-    let (daemon, _store) = relaying(&key, &holders.each_ref().map(Daemon::substituter), SETTINGS);
-    let url = field(&ask(&daemon, &paths[0]).text(), "URL").unwrap();
-    let truth = get(&holders[0].url(&url)).bytes();
-    let before = holders[0].metric("peernix_http_response_bytes_total{route=\"nar\"}");
-    assert!(get(&daemon.url(&url)).bytes() == truth);
-    let sent =
-        holders.each_ref().map(|holder| holder.metric("peernix_http_response_bytes_total{route=\"nar\"}"));
-    let sent = [sent[0] - before, sent[1]];
+    let settings = format!("[discovery]\nmdns = false\n{SETTINGS}");
+    let _daemons = hosts.each_ref().map(|host| Daemon::start_as_configured(host.command(PROGRAM), &settings));
+    eventually("the peers are known", || (metric(&hosts[2], "peernix_peers") == 2.0).then_some(()));
+    let narinfo = format!("nix-cache/{}.narinfo", hash_part(&paths[0]));
+    let told = eventually("it is found", || {
+        let (status, told) = lan::ask(&hosts[2], &narinfo);
+        (status == 200).then_some(told)
+    });
+    let url = format!("http://127.0.0.1:9999/{}", field(&told, "URL").unwrap());
+    succeed(hosts[2].command("curl").args([
+        "--silent",
+        "--fail",
+        "--max-time",
+        "60",
+        "--output",
+        "/nix/home/nar",
+        &url,
+    ]));
+    let nar = std::fs::read(hosts[2].nix_folder().join("home/nar")).unwrap();
+    let dumped = succeed(hosts[0].command("nix-store").args(["--dump", &paths[0]]));
+    assert!(nar == dumped);
+    let sent = [0, 1].map(|host| metric(&hosts[host], "peernix_http_response_bytes_total{route=\"nar\"}"));
     assert!(sent.iter().all(|bytes| *bytes > 0.0), "{sent:?}");
-    assert_eq!(daemon.metric("peernix_relayed_bytes_total"), truth.len() as f64);
-    assert!(daemon.metric(PIECES) > 3.0);
-    assert_eq!(daemon.metric("peernix_relay_failovers_total"), 0.0);
+    assert_eq!(metric(&hosts[2], "peernix_relayed_bytes_total"), nar.len() as f64);
+    assert!(metric(&hosts[2], PIECES) > 3.0);
+    assert_eq!(metric(&hosts[2], "peernix_relay_failovers_total"), 0.0);
 }
 
 #[test]
@@ -92,7 +110,7 @@ fn who_dies_or_stalls_midway_is_left_out_and_its_pieces_come_from_another() {
     let dies: fn(Vec<u8>) -> Script = |nar| breaks_off(nar, Then::Closes);
     let stalls: fn(Vec<u8>) -> Script = |nar| breaks_off(nar, Then::Hangs);
     for fails in [dies, stalls] {
-        let wrong = peer(&honest, move |asked, nar| if asked >= 2 { fails(nar) } else { parts(nar) });
+        let wrong = peer(&honest, move |asked, nar| if asked >= 2 { fails(nar) } else { slow_parts(nar) });
         let right = peer(&honest, |_, nar| slow_parts(nar));
         let (daemon, _store) = relaying(&honest.key, &[wrong.url(), right.url()], SETTINGS);
         assert!(fetched(&honest, &daemon).unwrap() == honest.nar);
