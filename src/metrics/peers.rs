@@ -37,6 +37,8 @@ pub struct PeerMetrics {
     pub datagrams_sent: Counter,
     /// Bytes of NARs that came from peers and were verified.
     pub relayed_bytes: Counter,
+    /// Bytes of NARs as they came from peers, packed or not.
+    pub wire_bytes: Counter,
     /// Claims of peers that proved wrong.
     pub lies: Counter,
     /// Peers of which it is known now what they hold.
@@ -56,6 +58,7 @@ impl Default for PeerMetrics {
             known: Gauge::default(),
             datagrams_sent: Counter::default(),
             relayed_bytes: Counter::default(),
+            wire_bytes: Counter::default(),
             lies: Counter::default(),
             holdings_known: Gauge::default(),
             holdings_bytes: Counter::default(),
@@ -124,6 +127,8 @@ pub(super) fn register(registry: &mut Registry, peers: &PeerMetrics, lookups: &L
     registry.register("peer_request_seconds", "Seconds to a peer's answer", peers.seconds.clone());
     let help = "Bytes of NARs that came from peers and were verified";
     registry.register("relayed_bytes", help, peers.relayed_bytes.clone());
+    let help = "Bytes of NARs as they came from peers, packed or not";
+    registry.register("wire_bytes", help, peers.wire_bytes.clone());
     registry.register("peer_lies", "Claims of peers that proved wrong", peers.lies.clone());
     let help = "Peers of which it is known what they hold";
     registry.register("holdings_known", help, peers.holdings_known.clone());

@@ -9,12 +9,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use reqwest::header::{ACCEPT, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
+use prometheus_client::metrics::counter::Counter;
+use reqwest::header::{ACCEPT, ACCEPT_ENCODING, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE};
 use reqwest::{Response, StatusCode};
 use thiserror::Error;
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
+use super::arriving::{Arriving, Measured};
 use super::path_set::MAX_MESSAGE;
 use super::record::{Asking, Peer};
 use super::tls::http_client;
@@ -25,6 +27,9 @@ use crate::nix::StorePathHash;
 pub const PEER_HEADER: &str = "x-peernix-peer";
 /// The header of an answer to a peer that says which run of which host answers.
 pub const INSTANCE_HEADER: &str = "x-peernix-instance";
+/// The header of a peer's request for a NAR that says what the link between carries, in bytes a second: the NAR may be packed if
+/// that is faster.
+pub const LINK_HEADER: &str = "x-peernix-link";
 /// The largest narinfo that is taken from a peer, in bytes: one with thousands of references.
 const MAX_NARINFO: usize = 512 * 1024;
 /// Longer answers of what a peer holds are read a few at a time, in bytes.
@@ -49,6 +54,9 @@ pub enum FetchError {
     /// More than any narinfo has, or than was announced.
     #[error("it sent more than {0} bytes")]
     TooLarge(u64),
+    /// A body that is not packed as it says, or as it may be.
+    #[error("{0}")]
+    Encoding(&'static str),
     /// The host was started again since it said who it is, or another has its address now.
     #[error("another instance of peernix answers there")]
     Replaced,
@@ -74,7 +82,7 @@ impl FetchError {
     pub fn blame(&self) -> Blame {
         match self {
             Self::Network(_) | Self::Timeout(_) => Blame::Network,
-            Self::Status(_) | Self::TooLarge(_) | Self::Replaced => Blame::Peer,
+            Self::Status(_) | Self::TooLarge(_) | Self::Encoding(_) | Self::Replaced => Blame::Peer,
             Self::Request(_) => Blame::Us,
         }
     }
@@ -101,16 +109,19 @@ pub struct PeerClient {
     instance: Option<String>,
     /// An answer said which run of peernix gave it.
     is_peernix: Arc<AtomicBool>,
+    measured: Measured,
+    /// It is on this host: packing would only cost.
+    is_loopback: bool,
 }
 
 impl PeerClient {
-    /// A client for a peer. `own_id` is told with each request.
-    pub fn new(peer: &Peer, own_id: &str) -> Result<Self, FetchError> {
+    /// A client for a peer. `own_id` is told with each request; bytes of files are counted as they come on the wire.
+    pub fn new(peer: &Peer, own_id: &str, wire_bytes: Counter) -> Result<Self, FetchError> {
         let mut headers = HeaderMap::new();
         let id = HeaderValue::from_str(own_id).map_err(|error| FetchError::Request(error.to_string()))?;
         headers.insert(PEER_HEADER, id);
-        // The bytes are hashed as they come: packed ones would not be those that were signed.
-        headers.insert("accept-encoding", HeaderValue::from_static("identity"));
+        // Whatever is to be packed is asked for in words of its own.
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         headers.insert(ACCEPT, HeaderValue::from_static("*/*"));
         let mut builder = http_client(&peer.url)
             .map_err(|error| FetchError::Request(error.to_string()))?
@@ -136,6 +147,8 @@ impl PeerClient {
             asking: peer.asking,
             instance: peer.announce.id.clone(),
             is_peernix: Arc::default(),
+            measured: Measured::new(wire_bytes),
+            is_loopback: is_loopback(&peer.url),
         })
     }
 
@@ -175,15 +188,23 @@ impl PeerClient {
     ) -> Result<Option<Arriving>, FetchError> {
         let asked = async {
             let mut request = self.http.get(format!("{}/{path}", self.base));
+            let link = self.measured.link().to_be_packed();
+            // Parts are parts of what is hashed: they come as they are.
+            let link = link.filter(|_| offset == 0 && !self.is_loopback);
             if offset > 0 {
                 request = request.header(RANGE, format!("bytes={offset}-"));
+            } else if let Some(link) = link {
+                request = request.header(ACCEPT_ENCODING, "zstd").header(LINK_HEADER, link);
             }
             let answer = self.send(request).await?;
+            let arriving = |answer, part| {
+                Arriving::new(answer, part, link.is_some(), self.measured.clone()).map(Some)
+            };
             match answer.status() {
                 StatusCode::PARTIAL_CONTENT if offset > 0 && begins_at(&answer) == Some(offset) => {
-                    Ok(Some(Arriving { answer, offset, is_part: true }))
+                    arriving(answer, Some(offset))
                 }
-                _ => Ok(found(answer)?.map(|answer| Arriving { answer, offset: 0, is_part: false })),
+                _ => found(answer)?.map_or(Ok(None), |answer| arriving(answer, None)),
             }
         };
         timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
@@ -200,11 +221,13 @@ impl PeerClient {
             let last = range.end.saturating_sub(1);
             let request = self.http.get(format!("{}/{path}", self.base));
             let answer = self.send(request.header(RANGE, format!("bytes={}-{last}", range.start))).await?;
+            let arriving =
+                |answer, part| Arriving::new(answer, part, false, self.measured.clone()).map(Some);
             match answer.status() {
                 StatusCode::PARTIAL_CONTENT if begins_at(&answer) == Some(range.start) => {
-                    Ok(Some(Arriving { answer, offset: range.start, is_part: true }))
+                    arriving(answer, Some(range.start))
                 }
-                _ => Ok(found(answer)?.map(|answer| Arriving { answer, offset: 0, is_part: false })),
+                _ => found(answer)?.map_or(Ok(None), |answer| arriving(answer, None)),
             }
         };
         timeout(within, asked).await.map_err(|_| FetchError::Timeout(within))?
@@ -261,40 +284,20 @@ impl PeerClient {
     }
 }
 
-/// A file on its way.
-#[derive(Debug)]
-pub struct Arriving {
-    answer: Response,
-    /// Where in the file it begins.
-    pub offset: u64,
-    /// Whether it is the part that was asked for, and not the whole.
-    pub is_part: bool,
-}
-
-impl Arriving {
-    /// How many bytes are to come, if the peer said so.
-    #[must_use]
-    pub fn remaining(&self) -> Option<u64> {
-        self.answer.content_length()
-    }
-
-    /// The next bytes, never none of them; `None` at the end.
-    pub async fn chunk(&mut self) -> Result<Option<Bytes>, FetchError> {
-        loop {
-            match self.answer.chunk().await.map_err(to_error)? {
-                Some(chunk) if chunk.is_empty() => {}
-                chunk => return Ok(chunk),
-            }
-        }
-    }
-}
-
 fn found(answer: Response) -> Result<Option<Response>, FetchError> {
     match answer.status() {
         StatusCode::OK => Ok(Some(answer)),
         StatusCode::NOT_FOUND | StatusCode::FORBIDDEN | StatusCode::GONE => Ok(None),
         status => Err(FetchError::Status(status.as_u16())),
     }
+}
+
+/// Whether a URL names this host by loopback.
+fn is_loopback(url: &str) -> bool {
+    let host = reqwest::Url::parse(url).ok().and_then(|url| url.host_str().map(str::to_owned));
+    let host = host.as_deref().unwrap_or_default().trim_matches(['[', ']']);
+    let is_loopback = |address: std::net::IpAddr| address.to_canonical().is_loopback();
+    host == "localhost" || host.parse().is_ok_and(is_loopback)
 }
 
 /// Where a part begins, as `Content-Range: bytes 5-9/10` says.
@@ -317,7 +320,7 @@ async fn body(mut answer: Response, limit: usize) -> Result<Bytes, FetchError> {
 }
 
 /// What a failure of the HTTP client means here.
-fn to_error(error: reqwest::Error) -> FetchError {
+pub(super) fn to_error(error: reqwest::Error) -> FetchError {
     if error.is_builder() {
         return FetchError::Request(error.to_string());
     }
@@ -365,6 +368,21 @@ async fn has_path(address: SocketAddr, hash: &StorePathHash) -> Result<bool, Fet
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn loopback_is_known_by_its_url() {
+        for (url, expected) in [
+            ("http://127.0.0.2:9999/nix-cache", true),
+            ("http://[::1]:9999/nix-cache", true),
+            ("http://[::ffff:127.0.0.1]/", true),
+            ("http://localhost:1", true),
+            ("http://10.0.0.1:9999/nix-cache", false),
+            ("http://[fe80::1]:9999/nix-cache", false),
+            ("http://peer.invalid", false),
+        ] {
+            assert_eq!(is_loopback(url), expected, "{url}");
+        }
+    }
 
     #[test]
     fn that_there_are_no_descriptors_left_is_not_the_fault_of_a_peer() {

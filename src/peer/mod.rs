@@ -3,6 +3,7 @@
 //! Found by announcement, by multicast DNS and by configuration; known by instance id; checked when silent; saved
 //! for the next start. Knows nothing of stores and trust: what a peer says is a claim, and is passed up as one.
 
+mod arriving;
 mod blame;
 mod candidates;
 mod client;
@@ -11,6 +12,7 @@ mod flushes;
 mod follow;
 mod greetings;
 mod interfaces;
+mod link;
 mod listening;
 mod local_paths;
 mod mdns;
@@ -24,6 +26,7 @@ mod saved;
 mod sets;
 mod tls;
 mod udp;
+mod unpack;
 mod wire;
 
 use std::collections::HashMap;
@@ -35,8 +38,9 @@ use std::time::{Duration, Instant};
 use ipnet::IpNet;
 use tokio::sync::{Notify, broadcast};
 
+pub use arriving::Arriving;
 pub use blame::{Failure, Standing};
-pub use client::{Arriving, Blame, FetchError, INSTANCE_HEADER, PEER_HEADER, PeerClient};
+pub use client::{Blame, FetchError, INSTANCE_HEADER, LINK_HEADER, PEER_HEADER, PeerClient};
 pub use discovery::Discovery;
 pub use follow::WAIT as HOLDINGS_WAIT;
 pub use listening::Listening;
@@ -186,7 +190,7 @@ impl Peers {
             return Ok(client);
         }
         // Not under the lock, where all others would wait: it may read this system's certificates.
-        let made = PeerClient::new(peer, self.own_id())?;
+        let made = PeerClient::new(peer, self.own_id(), self.0.metrics.wire_bytes.clone())?;
         let mut clients = self.clients();
         // Somebody else may have made one meanwhile, and its connections are worth keeping.
         if let Some(client) = clients.get(&peer.id).filter(|client| client.leads_to(peer)) {

@@ -222,6 +222,7 @@ impl Download {
             self.sends(holder);
             self.verified.take(chunk).await?;
         }
+        arriving.finish();
         self.verified.prove().await?;
         self.sent.push((peer.clone(), self.verified.got() - before, pace.all_waits));
         Ok(())
