@@ -401,6 +401,7 @@ mod tests {
         assert_eq!(keys.iter().collect::<Vec<_>>(), fields.iter().filter(is_key).collect::<Vec<_>>());
         let mut without = config;
         without.store.root = None;
+        without.limits.compressors = None;
         without.state.directory = None;
         without.signing.keys.clear();
         without.trust.public_keys.clear();

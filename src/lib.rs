@@ -71,6 +71,14 @@
 //! so that what was built there is not denied here a moment later. A set is believed only while its peer answers for it; who tells nothing, or not any more, is asked. What is gone from a store stays in its set until the next
 //! whole, and costs a question in vain.
 //!
+//! ## How NARs travel
+//! `peer::link` measures what comes from a peer while it is waited for, plain and as zstd, and `peer::client` asks for zstd once the
+//! plain rate is known, and tells it with the request. `http::compressors` decides: it knows how fast this machine packs, and
+//! takes the level of zstd that brings most bytes a second over that link, or none. `http::packed` packs ahead of the socket,
+//! `peer::arriving` unpacks (`peer::unpack`), and everything above sees the bytes of the NAR. Parts of NARs, short ones, and
+//! everything by loopback travel as they are. Plain clients get zstd by its own URL (`nar/….nar.zst`), where
+//! `http.compression` has their narinfos name it.
+//!
 //! ## Where we differ from what was planned
 //! - The store counts into [`metrics`] itself, which lies beside the formats at the bottom, instead of handing numbers up.
 //! - The watch on the store directory is read on every miss, under a lock, instead of by a task of its own: an event is in

@@ -24,6 +24,7 @@ use super::activity::Activity;
 use super::answer::{Refused, found, text_answer};
 use super::api;
 use super::cache::{CacheFiles, route};
+use super::compressors::Compressors;
 use super::counted_body::CountedBody;
 use super::gate::Admitted;
 use crate::metrics::{Metrics, Route};
@@ -53,8 +54,13 @@ struct Pages {
 }
 
 impl App {
-    pub(super) fn new(resolver: Resolver, options: &Options, metrics: Metrics) -> Self {
-        let files = CacheFiles::new(resolver.clone(), options, metrics.http.clone());
+    pub(super) fn new(
+        resolver: Resolver,
+        options: &Options,
+        compressors: Compressors,
+        metrics: Metrics,
+    ) -> Self {
+        let files = CacheFiles::new(resolver.clone(), options, compressors, metrics.http.clone());
         let instance = HeaderValue::from_str(resolver.peers().own_id()).ok();
         let pages = axum::Router::new()
             .route("/", get(welcome))

@@ -2,31 +2,51 @@
 
 use axum::body::Body;
 use bytes::Bytes;
-use futures_util::TryStreamExt as _;
+use futures_util::{Stream, TryStreamExt as _};
 use hyper::header::{
-    ACCEPT_RANGES, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderValue, IF_RANGE, RANGE,
+    ACCEPT_ENCODING, ACCEPT_RANGES, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG,
+    HeaderMap, HeaderValue, IF_RANGE, RANGE, VARY,
 };
 use hyper::{Method, Response, StatusCode};
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::Options;
 use super::answer::{Refused, found};
+use super::compressors::{Compressors, Packing};
 use super::gate::Admitted;
 use super::nar_body::NarBody;
+use super::packed::packed;
 use super::range::{self, Wanted};
+use super::{Compression, Options};
 use crate::metrics::{HttpMetrics, Route};
 use crate::nix::cache_info::CacheInfo;
 use crate::nix::cache_url::{CacheUrl, NarUrl};
-use crate::resolve::{LocalNar, Nar, RelayedNar, Resolver, Scope};
+use crate::nix::narinfo::FileForm;
+use crate::resolve::{LINK_HEADER, LocalNar, Nar, PEER_HEADER, RelayedNar, Resolver, Scope};
 
 const NARINFO: &str = "text/x-nix-narinfo";
+/// A shorter NAR goes as it is: the way there and back takes longer than its bytes.
+const SHORTEST_PACKED: u64 = 16 * 1024;
+
+/// Whether a NAR is encoded depends on these.
+const ENCODED_BY: &str = "accept-encoding, x-peernix-peer, x-peernix-link";
 
 /// Answers for the files of the cache.
 #[derive(Clone, Debug)]
 pub(super) struct CacheFiles {
     resolver: Resolver,
     cache_info: Bytes,
+    compression: Compression,
+    compressors: Compressors,
     metrics: HttpMetrics,
+}
+
+/// What is asked for of a NAR, by whom.
+#[derive(Clone, Copy)]
+struct Asked<'a> {
+    method: &'a Method,
+    form: FileForm,
+    headers: &'a HeaderMap,
+    client: &'a Admitted,
 }
 
 /// The route that a URL counts under.
@@ -34,20 +54,26 @@ pub(super) fn route(url: &CacheUrl) -> Route {
     match url {
         CacheUrl::CacheInfo => Route::CacheInfo,
         CacheUrl::NarInfo(_) => Route::Narinfo,
-        CacheUrl::Nar(_) => Route::Nar,
+        CacheUrl::Nar(_) | CacheUrl::PackedNar(_) => Route::Nar,
         CacheUrl::Listing(_) => Route::Listing,
         CacheUrl::Log(_) => Route::Log,
     }
 }
 
 impl CacheFiles {
-    pub(super) fn new(resolver: Resolver, options: &Options, metrics: HttpMetrics) -> Self {
+    pub(super) fn new(
+        resolver: Resolver,
+        options: &Options,
+        compressors: Compressors,
+        metrics: HttpMetrics,
+    ) -> Self {
         let cache_info = CacheInfo {
             store_dir: resolver.store().store_dir().as_str().to_owned(),
             want_mass_query: options.want_mass_query,
             priority: options.priority,
         };
-        Self { resolver, cache_info: cache_info.to_text().into(), metrics }
+        let (cache_info, compression) = (cache_info.to_text().into(), options.compression);
+        Self { resolver, cache_info, compression, compressors, metrics }
     }
 
     /// The answer, if it can be had without waiting: the way of nearly every request for a narinfo.
@@ -60,10 +86,11 @@ impl CacheFiles {
         match url {
             CacheUrl::CacheInfo => Some(found("text/x-nix-cache-info", self.cache_info.clone())),
             CacheUrl::NarInfo(hash) => {
-                let known = self.resolver.narinfo_at_once(hash, client.scope(headers))?;
+                let (scope, form) = (client.scope(headers), self.form_for(headers));
+                let known = self.resolver.narinfo_at_once(hash, scope, form)?;
                 Some(known.map_or_else(|| Refused::NotFound.into_answer(), |text| found(NARINFO, text)))
             }
-            CacheUrl::Nar(_) | CacheUrl::Listing(_) | CacheUrl::Log(_) => None,
+            CacheUrl::Nar(_) | CacheUrl::PackedNar(_) | CacheUrl::Listing(_) | CacheUrl::Log(_) => None,
         }
     }
 
@@ -76,8 +103,12 @@ impl CacheFiles {
     ) -> Result<Response<Body>, Refused> {
         let (kind, body) = match url {
             CacheUrl::CacheInfo => ("text/x-nix-cache-info", Some(self.cache_info.clone())),
-            CacheUrl::NarInfo(hash) => (NARINFO, self.resolver.narinfo(hash, client.scope(headers)).await?),
-            CacheUrl::Nar(url) => return self.nar(method, url, headers, client).await,
+            CacheUrl::NarInfo(hash) => {
+                let (scope, form) = (client.scope(headers), self.form_for(headers));
+                (NARINFO, self.resolver.narinfo(hash, scope, form).await?)
+            }
+            CacheUrl::Nar(url) => return self.nar(method, url, FileForm::Plain, headers, client).await,
+            CacheUrl::PackedNar(url) => return self.nar(method, url, FileForm::Zstd, headers, client).await,
             CacheUrl::Listing(hash) => {
                 let place = client.heavy_work().await.ok_or(Refused::Busy)?;
                 return whole("application/json", self.resolver.listing(hash).await?, place);
@@ -94,11 +125,13 @@ impl CacheFiles {
         &self,
         method: &Method,
         url: &NarUrl,
+        form: FileForm,
         headers: &HeaderMap,
         client: &Admitted,
     ) -> Result<Response<Body>, Refused> {
         let scope = client.scope(headers);
-        let answer = self.nar_from_anywhere(method, url, headers, client, scope).await;
+        let asked = Asked { method, form, headers, client };
+        let answer = self.nar_from_anywhere(url, asked, scope).await;
         let is_gone = matches!(answer, Err(Refused::NotFound | Refused::Failed(_)));
         if is_gone && scope == Scope::LocalThenPeers && url.nar_hash.is_some() {
             // Whoever knows NarHash was given the narinfo: from here, before a restart perhaps, or from a peer through us.
@@ -109,32 +142,28 @@ impl CacheFiles {
 
     async fn nar_from_anywhere(
         &self,
-        method: &Method,
         url: &NarUrl,
-        headers: &HeaderMap,
-        client: &Admitted,
+        asked: Asked<'_>,
         scope: Scope,
     ) -> Result<Response<Body>, Refused> {
         match self.resolver.nar(url, scope).await?.ok_or(Refused::NotFound)? {
-            Nar::Local(nar) => match self.local_nar(method, nar, headers, client).await {
+            Nar::Local(nar) => match self.local_nar(nar, asked).await {
                 // Half deleted, or damaged: a peer may have it whole.
                 Err(Refused::Failed(error)) => match self.resolver.nar_elsewhere(url, scope).await {
-                    Some(nar) => self.relayed_nar(method, nar).await,
+                    Some(nar) => self.relayed_nar(nar, asked).await,
                     None => Err(Refused::Failed(error)),
                 },
                 answer => answer,
             },
-            Nar::Relayed(nar) => self.relayed_nar(method, *nar).await,
+            Nar::Relayed(nar) => self.relayed_nar(*nar, asked).await,
         }
     }
 
-    async fn local_nar(
-        &self,
-        method: &Method,
-        nar: LocalNar,
-        headers: &HeaderMap,
-        client: &Admitted,
-    ) -> Result<Response<Body>, Refused> {
+    async fn local_nar(&self, nar: LocalNar, asked: Asked<'_>) -> Result<Response<Body>, Refused> {
+        let Asked { method, form, headers, client } = asked;
+        if form == FileForm::Zstd && method == Method::HEAD {
+            return Ok(zstd_answer(Body::empty()));
+        }
         let (len, tag) = (nar.info().nar_size, format!("\"{}\"", nar.info().nar_hash.to_base32()));
         // A range of another NAR than the one the client began with would be of no use to it.
         let same = headers.get(IF_RANGE).is_none_or(|wanted| wanted.as_bytes() == tag.as_bytes());
@@ -144,6 +173,19 @@ impl CacheFiles {
             Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),
             Wanted::Unsatisfiable => return Err(Refused::Range(len)),
         };
+        let packing = match form {
+            FileForm::Zstd => self.compressors.for_client(client.address),
+            FileForm::Plain => self.packing(len, asked),
+        };
+        if form == FileForm::Zstd || packing.is_some() {
+            let place = client.heavy_work().await.ok_or(Refused::Busy)?;
+            let stream = nar.stream(0..len).await?;
+            drop(place);
+            let stream =
+                self.told_if_cut(stream, "a NAR was cut short; the peer was told by a closed connection");
+            let body = packed(stream, len, packing, &self.metrics);
+            return Ok(if form == FileForm::Zstd { zstd_answer(body) } else { encoded_answer(body, &tag) });
+        }
         let body = if method == Method::HEAD {
             Body::empty()
         } else {
@@ -158,6 +200,7 @@ impl CacheFiles {
         *answer.status_mut() = status;
         let headers = answer.headers_mut();
         headers.insert(ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+        headers.insert(VARY, HeaderValue::from_static(ENCODED_BY));
         if let Ok(tag) = HeaderValue::from_str(&tag) {
             headers.insert(ETAG, tag);
         }
@@ -169,20 +212,75 @@ impl CacheFiles {
     }
 
     /// Without ranges: the hash that is checked on the way is that of the whole.
-    async fn relayed_nar(&self, method: &Method, nar: RelayedNar) -> Result<Response<Body>, Refused> {
-        let len = nar.nar_size;
-        if method == Method::HEAD {
-            return Ok(nar_answer(Body::empty(), len));
+    async fn relayed_nar(&self, nar: RelayedNar, asked: Asked<'_>) -> Result<Response<Body>, Refused> {
+        let (len, is_packed) = (nar.nar_size, asked.form == FileForm::Zstd);
+        if asked.method == Method::HEAD {
+            let body = Body::empty();
+            return Ok(if is_packed { zstd_answer(body) } else { nar_answer(body, len) });
         }
-        let (span, cuts) = (tracing::Span::current(), self.metrics.nar_cuts.clone());
         let stream = nar.open().await.ok_or(Refused::NotFound)?;
-        let stream = stream.inspect_err(move |error| {
-            let _entered = span.enter();
-            cuts.inc();
-            tracing::warn!(%error, "a relayed NAR was cut short; the client was told by a closed connection");
-        });
+        let what = "a relayed NAR was cut short; the client was told by a closed connection";
+        let stream = self.told_if_cut(stream, what);
+        if is_packed {
+            // The path was here when its narinfo was given out.
+            let packing = self.compressors.for_client(asked.client.address);
+            return Ok(zstd_answer(packed(stream, len, packing, &self.metrics)));
+        }
         Ok(nar_answer(Body::from_stream(stream), len))
     }
+
+    /// Which file a narinfo names: peers get the plain one, whose bytes are those that are hashed.
+    fn form_for(&self, headers: &HeaderMap) -> FileForm {
+        let is_packed = self.compression == Compression::Zstd && !headers.contains_key(PEER_HEADER);
+        if is_packed { FileForm::Zstd } else { FileForm::Plain }
+    }
+
+    /// Whether a NAR goes to a peer as zstd: where it asks for that, for all of it, and it is faster. Never on this host.
+    fn packing(&self, len: u64, asked: Asked<'_>) -> Option<Packing> {
+        let Asked { method, headers, client, .. } = asked;
+        let is_peer = headers.contains_key(PEER_HEADER) && !client.address.is_loopback();
+        if !is_peer || method != Method::GET || len < SHORTEST_PACKED || headers.contains_key(RANGE) {
+            return None;
+        }
+        let text = |name: &str| headers.get(name)?.to_str().ok();
+        let accepted = text(ACCEPT_ENCODING.as_str())?;
+        accepted.split(',').find(|encoding| encoding.trim() == "zstd")?;
+        self.compressors.for_peer(client.address, text(LINK_HEADER)?.parse().ok()?)
+    }
+
+    /// The same bytes; a failure is counted, and told in the log.
+    fn told_if_cut<E: std::fmt::Display>(
+        &self,
+        stream: impl Stream<Item = Result<Bytes, E>> + Send + 'static,
+        what: &'static str,
+    ) -> impl Stream<Item = Result<Bytes, E>> + Send + 'static {
+        let (span, cuts) = (tracing::Span::current(), self.metrics.nar_cuts.clone());
+        stream.inspect_err(move |error| {
+            let _entered = span.enter();
+            cuts.inc();
+            tracing::warn!(%error, "{what}");
+        })
+    }
+}
+
+/// A file of zstd, which has no length before it was made.
+fn zstd_answer(body: Body) -> Response<Body> {
+    let mut answer = Response::new(body);
+    answer.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/zstd"));
+    answer
+}
+
+/// A NAR that is encoded for the way: of no length that is known, and without ranges.
+fn encoded_answer(body: Body, tag: &str) -> Response<Body> {
+    let mut answer = Response::new(body);
+    let headers = answer.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/x-nix-nar"));
+    headers.insert(CONTENT_ENCODING, HeaderValue::from_static("zstd"));
+    headers.insert(VARY, HeaderValue::from_static(ENCODED_BY));
+    if let Ok(tag) = HeaderValue::from_str(&format!("{}-zstd\"", tag.trim_end_matches('"'))) {
+        headers.insert(ETAG, tag);
+    }
+    answer
 }
 
 fn nar_answer(body: Body, len: u64) -> Response<Body> {

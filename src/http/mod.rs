@@ -8,13 +8,15 @@ mod answer;
 mod api;
 mod app;
 mod cache;
+mod compressors;
 mod counted_body;
 mod file_socket;
 mod gate;
 mod nar_body;
 mod options;
+mod packed;
 mod range;
 mod server;
 
-pub use options::{Limits, Options};
+pub use options::{Compression, Limits, Options};
 pub use server::{BindError, Listeners, Server};

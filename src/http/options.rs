@@ -1,7 +1,7 @@
 //! `[http]` and `[limits]`: what can be set about serving.
 
 use std::net::SocketAddr;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -22,9 +22,22 @@ pub struct Options {
     pub priority: u32,
     /// Whether nix-cache-info invites clients to ask for many paths at once. Default true.
     pub want_mass_query: bool,
+    /// How narinfos of the local store name their NARs to clients that are no peers. Default: none.
+    pub compression: Compression,
     /// How long answers in flight may go on after the daemon was asked to stop. 0s to 1h; default 30s.
     #[serde(with = "humantime_serde")]
     pub drain_time: Duration,
+}
+
+/// How NARs are offered to clients that are no peers. Peers settle that among themselves.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// As they are: with ranges, and resumed where they broke off.
+    #[default]
+    None,
+    /// As zstd: without either, for clients behind a link that is slower than about 200 MB/s.
+    Zstd,
 }
 
 impl Default for Options {
@@ -46,6 +59,7 @@ impl Default for Options {
             relay_for: Vec::new(),
             priority: 30,
             want_mass_query: true,
+            compression: Compression::None,
             drain_time: Duration::from_secs(30),
         }
     }
@@ -100,6 +114,9 @@ pub struct Limits {
     /// Disk for copies of NARs of many small files, in the state folder; the least used go first, one may take a quarter. 0 is
     /// none, else at least 16 MiB; default 256 MiB.
     pub nar_copies: ByteSize,
+    /// Threads that pack NARs as zstd at once: for peers where that is faster than the link, and none of them if this is 0. At most
+    /// 1024, and never more than processors. Default: half of them, since the rest has other work.
+    pub compressors: Option<usize>,
 }
 
 impl Default for Limits {
@@ -114,6 +131,7 @@ impl Default for Limits {
             relay_memory: ByteSize::mib(64),
             spool: ByteSize::gib(4),
             nar_copies: ByteSize::mib(256),
+            compressors: None,
         }
     }
 }
@@ -133,11 +151,17 @@ impl Limits {
         let nar_copies = self.nar_copies.as_u64() == 0 || self.nar_copies >= ByteSize::mib(16);
         range("nar_copies", nar_copies, "0 or at least 16 MiB: one copy takes a quarter of it at most")?;
         range("relay_memory", self.relay_memory <= ByteSize::gib(64), "at most 64 GiB")?;
+        range("compressors", self.compressors.is_none_or(|threads| threads <= 1024), "0 to 1024")?;
         let shortest = Duration::from_millis(100);
         let header_time = (shortest..=Duration::from_secs(600)).contains(&self.header_time);
         range("header_time", header_time, "100ms to 10min")?;
         let idle_time = (shortest..=Duration::from_secs(3600)).contains(&self.idle_time);
         range("idle_time", idle_time, "100ms to 1h")
+    }
+
+    pub(super) fn compressors(&self) -> usize {
+        let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        self.compressors.unwrap_or(processors.div_ceil(2)).min(processors)
     }
 
     pub(super) fn rate(&self) -> Option<NonZeroU32> {

@@ -17,6 +17,7 @@ use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
 use super::activity::{Activity, Watched};
 use super::app::App;
+use super::compressors::Compressors;
 use super::file_socket::FileSocket;
 use super::gate::{Admitted, Gate};
 use super::{Limits, Options};
@@ -115,7 +116,7 @@ impl Server {
     #[must_use]
     pub fn new(resolver: Resolver, options: &Options, limits: &Limits, metrics: Metrics) -> Self {
         Self {
-            app: App::new(resolver, options, metrics.clone()),
+            app: App::new(resolver, options, Compressors::new(limits.compressors()), metrics.clone()),
             gate: Arc::new(Gate::new(options, limits)),
             limits: Arc::new(limits.clone()),
             drain_time: options.drain_time,

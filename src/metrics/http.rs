@@ -106,6 +106,8 @@ pub struct HttpMetrics {
     seconds: Family<RouteLabel, Histogram, fn() -> Histogram>,
     bytes: Family<RouteLabel, Counter>,
     closed: Family<RefusalLabel, Counter>,
+    zstd_input_bytes: Counter,
+    zstd_output_bytes: Counter,
     /// Connections that are open now.
     pub connections: Gauge,
     /// NARs that ended before their last byte because the store changed underneath.
@@ -119,6 +121,8 @@ impl HttpMetrics {
             seconds: Family::new_with_constructor(request_seconds),
             bytes: Family::default(),
             closed: Family::default(),
+            zstd_input_bytes: Counter::default(),
+            zstd_output_bytes: Counter::default(),
             connections: Gauge::default(),
             nar_cuts: Counter::default(),
         };
@@ -144,6 +148,12 @@ impl HttpMetrics {
         self.bytes.get_or_create(&RouteLabel { route }).inc_by(bytes);
     }
 
+    /// Counts bytes that were packed as zstd, before and after.
+    pub fn packed(&self, input_bytes: u64, output_bytes: u64) {
+        self.zstd_input_bytes.inc_by(input_bytes);
+        self.zstd_output_bytes.inc_by(output_bytes);
+    }
+
     /// Counts a connection that was refused or cut.
     pub fn closed(&self, reason: Refusal) {
         self.closed.get_or_create(&RefusalLabel { reason }).inc();
@@ -162,6 +172,10 @@ pub(super) fn register(registry: &mut Registry, http: &HttpMetrics) {
     registry.register("http_request_seconds", help, http.seconds.clone());
     let help = "Bytes of bodies that were sent";
     registry.register("http_response_bytes", help, http.bytes.clone());
+    let help = "Bytes of NARs that were packed as zstd";
+    registry.register("zstd_input_bytes", help, http.zstd_input_bytes.clone());
+    let help = "Bytes of zstd that they came to";
+    registry.register("zstd_output_bytes", help, http.zstd_output_bytes.clone());
     let help = "Connections that are open";
     registry.register("http_connections", help, http.connections.clone());
     let help = "Connections that were refused or cut, by reason";

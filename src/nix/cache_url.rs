@@ -16,6 +16,8 @@ pub enum CacheUrl {
     NarInfo(StorePathHash),
     /// `nar/<hash>-<narhash>.nar` and the older forms.
     Nar(NarUrl),
+    /// `nar/<hash>-<narhash>.nar.zst`
+    PackedNar(NarUrl),
     /// `<hash>.ls`
     Listing(StorePathHash),
     /// `log/<derivation>`
@@ -73,6 +75,9 @@ impl CacheUrl {
         if let Some(stem) = path.strip_suffix(".ls") {
             return hash(stem).map(Self::Listing);
         }
+        if let Some(stem) = path.strip_suffix(".nar.zst") {
+            return both_hashes(stem.strip_prefix("nar/")?).map(Self::PackedNar);
+        }
         let stem = path.strip_suffix(".nar")?;
         match stem.strip_prefix("nar/") {
             Some(stem) => both_hashes(stem).or_else(|| harmonia_form(stem, query?)),
@@ -124,6 +129,10 @@ mod tests {
     #[case::harmonia(format!("/nar/{NAR_HASH}.nar"), Some(format!("hash={HASH}")), nar(Some(NAR_HASH)))]
     #[case::no_hash(format!("/nar/{NAR_HASH}.nar"), None, None)]
     #[case::compressed(format!("/nar/{HASH}-{NAR_HASH}.nar.xz"), None, None)]
+    #[case::packed_flat(format!("/{HASH}-{NAR_HASH}.nar.zst"), None, None)]
+    #[case::packed_harmonia(format!("/nar/{NAR_HASH}.nar.zst"), Some(format!("hash={HASH}")), None)]
+    #[case::packed(format!("/nix-cache/nar/{HASH}-{NAR_HASH}.nar.zst"), None,
+        nar(Some(NAR_HASH)).map(|url| match url { CacheUrl::Nar(url) => CacheUrl::PackedNar(url), other => other }))]
     #[case::narinfo(format!("/nix-cache/{HASH}.narinfo"), None, Some(CacheUrl::NarInfo(hash(HASH).unwrap())))]
     #[case::listing(format!("/{HASH}.ls"), None, Some(CacheUrl::Listing(hash(HASH).unwrap())))]
     #[case::info("/nix-cache-info".to_owned(), None, Some(CacheUrl::CacheInfo))]
@@ -162,6 +171,8 @@ mod tests {
             format!("nar/{HASH}-{other}.nar"),
             format!("//elsewhere/nar/{HASH}-{NAR_HASH}.nar"),
             format!("nar/{NAR_HASH}.nar.xz"),
+            // A peer is asked for what is hashed; how it travels is said in a header.
+            format!("nar/{HASH}-{NAR_HASH}.nar.zst"),
         ] {
             assert_eq!(rebuilt(&strange), None, "{strange}");
         }

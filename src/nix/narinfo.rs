@@ -168,6 +168,37 @@ impl NarInfo {
     }
 }
 
+/// How the file is described that a narinfo of ours names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileForm {
+    /// The NAR itself, with its hash and length.
+    Plain,
+    /// The NAR as zstd: made when it is asked for, so that nobody knows its hash and length.
+    Zstd,
+}
+
+impl FileForm {
+    /// A narinfo that we wrote of the plain file, as one of this form. What is signed stays as it is.
+    #[must_use]
+    pub fn of(self, plain: &[u8]) -> Vec<u8> {
+        if self == Self::Plain {
+            return plain.to_vec();
+        }
+        let mut text = Vec::with_capacity(plain.len());
+        for line in plain.split_inclusive(|byte| *byte == b'\n') {
+            if line.starts_with(b"URL: ") {
+                text.extend_from_slice(line.trim_ascii_end());
+                text.extend_from_slice(b".zst\n");
+            } else if line.starts_with(b"Compression: ") {
+                text.extend_from_slice(b"Compression: zstd\n");
+            } else if !line.starts_with(b"FileHash: ") && !line.starts_with(b"FileSize: ") {
+                text.extend_from_slice(line);
+            }
+        }
+        text
+    }
+}
+
 fn record(
     info: &PathInfo,
     file: &NarFile,
@@ -230,6 +261,18 @@ pub(crate) mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_packed_file_changes_nothing_that_is_signed(info in any_path_info()) {
+            let (dir, file) = (StoreDir::default(), NarFile::plain(&info));
+            let plain = NarInfo { info, file, extensions: Vec::new() };
+            let text = plain.to_text(&dir).unwrap();
+            prop_assert_eq!(FileForm::Plain.of(&text), text.clone());
+            let packed = NarInfo::parse(&FileForm::Zstd.of(&text), &dir).unwrap();
+            prop_assert_eq!(&packed.info, &plain.info);
+            let url = format!("{}.zst", plain.file.url);
+            prop_assert_eq!(packed.file, NarFile { url, compression: Compression::Zstd, hash: None, size: None });
+        }
+
         #[test]
         fn any_narinfo_survives_its_text(info in any_path_info()) {
             let store_dir = StoreDir::default();

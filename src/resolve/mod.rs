@@ -27,7 +27,7 @@ use thiserror::Error;
 use tokio::sync::broadcast::error::RecvError;
 
 pub use crate::cache::SpoolError;
-pub use crate::peer::{INSTANCE_HEADER, PEER_HEADER, Peer, Peers, Source};
+pub use crate::peer::{INSTANCE_HEADER, LINK_HEADER, PEER_HEADER, Peer, Peers, Source};
 pub use crate::store::{FileSpan, NarReadError, NarStream, StoreState};
 pub use local::LocalNar;
 pub use options::Options;
@@ -43,7 +43,7 @@ use self::relay::Relays;
 use crate::cache::{self, Misses, Origin, PeerCache, Served, Spools};
 use crate::metrics::{LookupMetrics, RelayMetrics};
 use crate::nix::cache_url::NarUrl;
-use crate::nix::narinfo::{NarFile, NarInfo, NarInfoError};
+use crate::nix::narinfo::{FileForm, NarFile, NarInfo, NarInfoError};
 use crate::nix::{StorePath, StorePathHash};
 use crate::peer::News;
 use crate::signing::Signer;
@@ -179,21 +179,32 @@ impl Resolver {
 
     /// The text of a narinfo of the local store, or that nobody has it (`Some(None)`), if that is known without waiting.
     #[must_use]
-    pub fn narinfo_at_once(&self, hash: &StorePathHash, scope: Scope) -> Option<Option<Bytes>> {
+    pub fn narinfo_at_once(
+        &self,
+        hash: &StorePathHash,
+        scope: Scope,
+        form: FileForm,
+    ) -> Option<Option<Bytes>> {
         if let Some(text) = self.local.narinfo_at_once(hash) {
-            return Some(Some(text));
+            return Some(Some(in_form(form, text)));
         }
         let nobody_has_it =
             self.store().lacks(hash) && (scope == Scope::LocalOnly || self.lookup.is_missing(hash));
         nobody_has_it.then_some(None)
     }
 
-    /// The text of a narinfo: the signatures that came with the path first, then ours.
-    pub async fn narinfo(&self, hash: &StorePathHash, scope: Scope) -> Result<Option<Bytes>, ResolveError> {
+    /// The text of a narinfo: the signatures that came with the path first, then ours. Of a path that a peer has the file is a plain
+    /// one in any form: it comes from elsewhere already, and is packed there where that helps.
+    pub async fn narinfo(
+        &self,
+        hash: &StorePathHash,
+        scope: Scope,
+        form: FileForm,
+    ) -> Result<Option<Bytes>, ResolveError> {
         let local = self.local.path(hash).await;
         if let Ok(Some(known)) = &local {
             self.remember_local(hash, known);
-            return Ok(Some(self.local.signed(known)?));
+            return Ok(Some(in_form(form, self.local.signed(known)?)));
         }
         if scope == Scope::LocalOnly {
             return local.map(|_| None).map_err(ResolveError::from);
@@ -283,4 +294,9 @@ impl Resolver {
         let text = NarInfo { info, file, extensions }.to_text(self.store().store_dir())?;
         Ok(Bytes::from(text))
     }
+}
+
+/// What is kept is the plain form; another is made for each who asks, since it costs no more than copying it.
+fn in_form(form: FileForm, plain: Bytes) -> Bytes {
+    if form == FileForm::Plain { plain } else { form.of(&plain).into() }
 }

@@ -14,6 +14,7 @@ mod limits;
 mod nar;
 mod narinfo;
 mod nix_store_process;
+mod packed;
 mod peers;
 mod several;
 mod shutdown;

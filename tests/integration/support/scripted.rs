@@ -2,10 +2,12 @@
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsFd as _;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::daemon::Daemon;
+use super::host::Host;
 use super::http::{Answer, get};
 use super::store::{Registration, Store};
 use crate::narinfo::{field, hash_part};
@@ -24,6 +26,8 @@ pub struct Script {
     pub ranges: bool,
     /// How many bytes it sends at most of what it announces.
     pub cut: Option<usize>,
+    /// What it sends instead to whoever accepts zstd, as zstd.
+    pub zstd: Option<Vec<u8>>,
 }
 
 /// What a scripted peer does after the body.
@@ -44,6 +48,7 @@ impl Script {
             then: Then::Closes,
             ranges: false,
             cut: None,
+            zstd: None,
         }
     }
 }
@@ -57,7 +62,26 @@ pub struct Scripted {
 impl Scripted {
     /// `say` gets the path that is asked for, below `/nix-cache/`.
     pub fn start(say: impl Fn(&str) -> Script + Send + Sync + 'static) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        Self::start_on(TcpListener::bind("127.0.0.1:0").unwrap(), say)
+    }
+
+    /// The same in the network of a host, though it runs outside of it.
+    pub fn start_in(
+        host: &Host,
+        address: &'static str,
+        say: impl Fn(&str) -> Script + Send + Sync + 'static,
+    ) -> Self {
+        let network = std::fs::File::open(format!("/proc/{}/ns/net", host.inner())).unwrap();
+        // A socket stays in the network that it was made in, whoever uses it.
+        let bind = move || {
+            let network_only = Some(rustix::thread::LinkNameSpaceType::Network);
+            rustix::thread::move_into_link_name_space(network.as_fd(), network_only).unwrap();
+            TcpListener::bind(address).unwrap()
+        };
+        Self::start_on(std::thread::spawn(bind).join().unwrap(), say)
+    }
+
+    fn start_on(listener: TcpListener, say: impl Fn(&str) -> Script + Send + Sync + 'static) -> Self {
         let (address, asked) = (listener.local_addr().unwrap(), Arc::new(Mutex::new(Vec::new())));
         let (say, log) = (Arc::new(say), Arc::clone(&asked));
         std::thread::spawn(move || {
@@ -100,6 +124,12 @@ fn answer(socket: TcpStream, say: &dyn Fn(&str) -> Script, log: &Mutex<Vec<Strin
         Some((from.parse::<usize>().ok()?, last.parse::<usize>().ok()))
     });
     let mut part = String::new();
+    let accepts_zstd = head.iter().any(|line| line.to_lowercase().trim_end() == "accept-encoding: zstd");
+    if let Some(zstd) = script.zstd.take().filter(|_| accepts_zstd) {
+        log.lock().unwrap().push(format!("{path} as zstd"));
+        (script.length, script.body) = (Some(zstd.len()), zstd);
+        part = "content-encoding: zstd\r\n".to_owned();
+    }
     if let Some((from, last)) = range.filter(|_| script.ranges) {
         let total = script.body.len();
         let end = last.map_or(total, |last| (last + 1).min(total));

@@ -1,0 +1,223 @@
+//! What zstd between peers is worth: `cargo bench --bench link`.
+//!
+//! Two hosts, each with a network of its own and a cable between them, as it is or shaped to 1 Gbit/s. One has programs and
+//! libraries of this machine in its store; a client of the other gets all of them through its daemon, one NAR after the other or
+//! eight at once, and discards them. In turn with zstd and without; the asking daemon is started anew each time, so that it has
+//! to find out what the link carries. Prints the medians and their ratios. Needs root, nix-bin, iproute2 and curl.
+
+#![allow(missing_docs, reason = "a program without an interface")]
+
+use std::io::{BufRead as _, BufReader};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const ROUNDS: usize = 5;
+/// Bytes of files in all, and about how many a path has.
+const ALL: u64 = 600 << 20;
+const PATH_SIZES: [u64; 6] = [1 << 20, 40 << 20, 4 << 20, 12 << 20, 2 << 20, 20 << 20];
+const SHORTEST_FILE: u64 = 32 * 1024;
+const HOLDER: &str = "10.78.0.1";
+
+fn main() {
+    // `cargo bench` passes its own arguments to every bench, and `cargo test` runs them without any.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let folder = folder.path();
+    let paths = fill(folder);
+    let (there, here) = (Network::new(), Network::new());
+    there.connect(&here);
+    let store = format!("[store]\nroot = {:?}\n", folder.join("holder"));
+    let holder = |port: u16, settings: &str| {
+        let listen = format!("{HOLDER}:{port}");
+        Daemon::start(&there, folder, &format!("holder-{port}"), &listen, &format!("{settings}{store}"))
+    };
+    let _plain = holder(9998, "[limits]\ncompressors = 0\n");
+    let _packed = holder(9999, "");
+    for shaped in [true, false] {
+        if shaped {
+            let shape = ["qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "1gbit"];
+            run(there.command("tc").args(shape).args(["burst", "256k", "latency", "50ms"]));
+        } else {
+            run(there.command("tc").args(["qdisc", "del", "dev", "eth0", "root"]));
+        }
+        for connections in [1, 8] {
+            let what = format!("{}, {connections} at once", if shaped { "1 Gbit/s" } else { "as it is" });
+            let (mut plain, mut packed) = (Vec::new(), Vec::new());
+            for round in 0..ROUNDS {
+                for (name, port, times) in [("plain", 9998, &mut plain), ("zstd", 9999, &mut packed)] {
+                    let (took, wire) = fetch(&here, folder, port, &paths, connections);
+                    println!(
+                        "{what}, round {round}: {name} {:.3} s, {:.0} MB on the wire",
+                        took.as_secs_f64(),
+                        wire / 1e6
+                    );
+                    times.push(took);
+                }
+            }
+            let (plain, packed) = (median(&mut plain), median(&mut packed));
+            println!(
+                "{what}: median plain {plain:.3} s, zstd {packed:.3} s: {:.2} times as fast",
+                plain / packed
+            );
+        }
+    }
+}
+
+fn median(times: &mut [Duration]) -> f64 {
+    times.sort();
+    times[times.len() / 2].as_secs_f64()
+}
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    assert!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).trim_end().to_owned()
+}
+
+/// Puts programs and libraries into the holder's store, several a path, and gives the hash parts.
+fn fill(folder: &Path) -> Vec<String> {
+    let (mut files, mut folders) = (Vec::new(), vec![PathBuf::from("/usr/bin"), PathBuf::from("/usr/lib")]);
+    while let Some(next) = folders.pop() {
+        for entry in std::fs::read_dir(next).expect("a folder").flatten() {
+            let Ok(kind) = entry.file_type() else { continue };
+            let len = entry.metadata().map_or(0, |metadata| metadata.len());
+            if kind.is_dir() {
+                folders.push(entry.path());
+            } else if kind.is_file() && len >= SHORTEST_FILE {
+                files.push((entry.path(), len));
+            }
+        }
+    }
+    files.sort();
+    // The same ones each time, from all over.
+    fastrand::seed(7);
+    fastrand::shuffle(&mut files);
+    let (mut hashes, mut all, mut files) = (Vec::new(), 0, files.into_iter());
+    while all < ALL {
+        let size = PATH_SIZES[hashes.len() % PATH_SIZES.len()];
+        let tree = folder.join(format!("programs-{}", hashes.len()));
+        std::fs::create_dir(&tree).expect("a folder");
+        let mut bytes = 0;
+        for (number, (file, len)) in files.by_ref().enumerate() {
+            std::fs::copy(&file, tree.join(number.to_string())).expect("a copy");
+            bytes += len;
+            if bytes >= size {
+                break;
+            }
+        }
+        if bytes == 0 {
+            break;
+        }
+        all += bytes;
+        let mut add = Command::new("nix-store");
+        add.arg("--store").arg(folder.join("holder")).arg("--add").arg(&tree);
+        add.env("HOME", folder).env("NIX_CONF_DIR", folder).env_remove("NIX_REMOTE");
+        let path = run(&mut add);
+        hashes.push(path["/nix/store/".len()..][..32].to_owned());
+        std::fs::remove_dir_all(tree).expect("a folder");
+    }
+    println!("{} paths, {} MB of files", hashes.len(), all / 1_000_000);
+    hashes
+}
+
+/// Gets all paths through a fresh daemon. Gives the time from the first narinfo to the last NAR's end, and the bytes on the wire.
+fn fetch(here: &Network, folder: &Path, port: u16, hashes: &[String], connections: usize) -> (Duration, f64) {
+    let settings = format!(
+        "[store]\nroot = {:?}\n[trust]\nhost_keys = false\n[[peer]]\nurl = \"http://{HOLDER}:{port}/nix-cache\"\n",
+        folder.join("asker")
+    );
+    let _ = std::fs::create_dir(folder.join("asker"));
+    let _daemon = Daemon::start(here, folder, "asker", "127.0.0.1:9997", &settings);
+    let url = |path: &str| format!("http://127.0.0.1:9997/{path}");
+    let curl = || {
+        let mut curl = here.command("curl");
+        curl.args(["--silent", "--show-error", "--fail"]);
+        curl
+    };
+    let began = Instant::now();
+    let narinfos = run(curl().args(hashes.iter().map(|hash| url(&format!("{hash}.narinfo")))));
+    let nars: Vec<String> = narinfos.lines().filter_map(|line| line.strip_prefix("URL: ")).map(url).collect();
+    assert_eq!(nars.len(), hashes.len());
+    let mut get = curl();
+    if connections > 1 {
+        get.args(["--parallel", "--parallel-max", &connections.to_string()]);
+    }
+    for nar in &nars {
+        get.args(["--output", "/dev/null", nar]);
+    }
+    run(&mut get);
+    let took = began.elapsed();
+    let metrics = run(curl().arg(url("metrics")));
+    let wire = metrics.lines().find_map(|line| line.strip_prefix("peernix_wire_bytes_total ")?.parse().ok());
+    (took, wire.expect("a metric"))
+}
+
+/// A network namespace that lives as long as this.
+struct Network(Child);
+
+impl Network {
+    fn new() -> Self {
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--net", "sh", "-c", "ip link set lo up && echo ready && exec sleep infinity"]);
+        let mut process = unshare.stdout(Stdio::piped()).spawn().expect("unshare, as root");
+        let mut line = String::new();
+        BufReader::new(process.stdout.take().expect("a pipe")).read_line(&mut line).expect("a line");
+        assert_eq!(line, "ready\n", "namespaces can't be made here");
+        Self(process)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.0.id().to_string(), "--net", "--", program]);
+        command
+    }
+
+    fn connect(&self, other: &Self) {
+        let inside = other.0.id().to_string();
+        let peer = ["peer", "name", "eth0", "netns", &inside];
+        run(self.command("ip").args(["link", "add", "eth0", "type", "veth"]).args(peer));
+        for (network, address) in [(self, "10.78.0.1/24"), (other, "10.78.0.2/24")] {
+            run(network.command("ip").args(["address", "add", address, "dev", "eth0"]));
+            run(network.command("ip").args(["link", "set", "eth0", "up"]));
+        }
+    }
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The real program; killed when dropped.
+struct Daemon(Child);
+
+impl Daemon {
+    fn start(network: &Network, folder: &Path, name: &str, listen: &str, settings: &str) -> Self {
+        let state = folder.join(format!("{name}-state"));
+        let settings = format!(
+            "[discovery]\nenable = false\n[state]\ndirectory = {state:?}\n[log]\nformat = \"json\"\n{settings}"
+        );
+        let file = folder.join(format!("{name}.toml"));
+        std::fs::write(&file, settings).expect("a configuration");
+        let mut program = network.command(env!("CARGO_BIN_EXE_peernix"));
+        program.args(["--listen", listen, "--config"]).arg(&file).stderr(Stdio::piped());
+        let mut process = program.spawn().expect("the daemon");
+        let mut lines = BufReader::new(process.stderr.take().expect("its log")).lines().map_while(Result::ok);
+        assert!(lines.any(|line| line.contains("serving the local store")), "a daemon that starts");
+        // Whoever stops reading would stop the daemon.
+        std::thread::spawn(move || lines.for_each(drop));
+        Self(process)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
