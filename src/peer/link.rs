@@ -16,7 +16,7 @@ pub(super) enum Form {
 }
 
 /// So much has to come before a rate is believed, in bytes of NARs.
-const EVIDENCE: f64 = 1024.0 * 1024.0;
+const EVIDENCE: f64 = 512.0 * 1024.0;
 /// What was measured counts half when so much time was spent waiting since, in seconds.
 const MEMORY: f64 = 1.0;
 /// What was measured is forgotten when so much time was spent waiting for the other form since, in seconds.
@@ -159,7 +159,7 @@ mod tests {
     fn nothing_is_asked_for_packed_before_the_link_is_known_and_streams_are_measured_together() {
         let mut link = Bench::new();
         assert_eq!(link.told(), None);
-        link.carries(Form::Plain, 1, 100 * MB, 5);
+        link.carries(Form::Plain, 1, 100 * MB, 4);
         assert_eq!(link.told(), None);
         link.carries(Form::Plain, 5, 100 * MB, 100);
         assert!(link.told().is_some_and(|rate| (95..=105).contains(&rate)), "{:?}", link.told());

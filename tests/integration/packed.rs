@@ -43,7 +43,9 @@ const SLOW: &str = "x-peernix-link: 12000000";
 fn asked(host: &Host, url: &str, headers: &[&str]) -> (String, Vec<u8>) {
     let mut curl = host.command("curl");
     curl.args(["--silent", "--dump-header", "/nix/home/head", url]);
-    headers.iter().for_each(|header| drop(curl.args(["-H", header])));
+    for header in headers {
+        curl.args(["-H", header]);
+    }
     let body = succeed(&mut curl);
     let head = std::fs::read_to_string(host.nix_folder().join("home/head")).unwrap();
     (head.to_lowercase(), body)
