@@ -197,9 +197,8 @@ impl PeerClient {
                 request = request.header(ACCEPT_ENCODING, "zstd").header(LINK_HEADER, link);
             }
             let answer = self.send(request).await?;
-            let arriving = |answer, part| {
-                Arriving::new(answer, part, link.is_some(), self.measured.clone()).map(Some)
-            };
+            let arriving =
+                |answer, part| Arriving::new(answer, part, link.is_some(), self.measured.clone()).map(Some);
             match answer.status() {
                 StatusCode::PARTIAL_CONTENT if offset > 0 && begins_at(&answer) == Some(offset) => {
                     arriving(answer, Some(offset))
@@ -221,8 +220,7 @@ impl PeerClient {
             let last = range.end.saturating_sub(1);
             let request = self.http.get(format!("{}/{path}", self.base));
             let answer = self.send(request.header(RANGE, format!("bytes={}-{last}", range.start))).await?;
-            let arriving =
-                |answer, part| Arriving::new(answer, part, false, self.measured.clone()).map(Some);
+            let arriving = |answer, part| Arriving::new(answer, part, false, self.measured.clone()).map(Some);
             match answer.status() {
                 StatusCode::PARTIAL_CONTENT if begins_at(&answer) == Some(range.start) => {
                     arriving(answer, Some(range.start))
