@@ -82,6 +82,8 @@ impl Activity {
 
     fn has_tried_to_write(&self, blocked: bool) {
         if !blocked {
+            // Also behind the end of an answer, while its last bytes go out.
+            self.moved.store(self.now(), Ordering::Relaxed);
             self.write_blocked.store(0, Ordering::Relaxed);
         } else if self.write_blocked.load(Ordering::Relaxed) == 0 {
             self.write_blocked.store(self.now(), Ordering::Relaxed);

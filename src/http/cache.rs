@@ -167,7 +167,8 @@ impl CacheFiles {
         let (len, tag) = (nar.info().nar_size, format!("\"{}\"", nar.info().nar_hash.to_base32()));
         // A range of another NAR than the one the client began with would be of no use to it.
         let same = headers.get(IF_RANGE).is_none_or(|wanted| wanted.as_bytes() == tag.as_bytes());
-        let wanted = headers.get(RANGE).filter(|_| same && method == Method::GET);
+        let may_be_a_part = same && method == Method::GET && form == FileForm::Plain;
+        let wanted = headers.get(RANGE).filter(|_| may_be_a_part);
         let (status, range) = match range::parse(wanted.and_then(|range| range.to_str().ok()), len) {
             Wanted::All => (StatusCode::OK, 0..len),
             Wanted::Part(range) => (StatusCode::PARTIAL_CONTENT, range),

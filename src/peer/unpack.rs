@@ -8,8 +8,8 @@ use std::io;
 use bytes::{Buf as _, Bytes};
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation as _, OutBuffer};
 
-/// How far back a peer's zstd may refer, as a power of two: 2 MiB, twice what peernix sends.
-const LARGEST_WINDOW: u32 = 21;
+/// How far back a peer's zstd may refer, as a power of two: 1 MiB, which is what peernix sends.
+const LARGEST_WINDOW: u32 = 20;
 /// The longest piece, in bytes.
 const PIECE: usize = 256 * 1024;
 

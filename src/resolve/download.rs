@@ -86,8 +86,9 @@ pub(super) struct Download {
     wrong: Vec<PeerId>,
     /// What came from several proved wrong: they are tried one by one, so that the liar is found.
     apart: Option<VecDeque<Holder>>,
-    /// When the latest wait for a peer began.
+    /// When the latest wait for a peer began, and when all of it did.
     waits_since: Instant,
+    began: Instant,
 }
 
 impl Download {
@@ -111,6 +112,7 @@ impl Download {
             wrong: Vec::new(),
             apart: None,
             waits_since: Instant::now(),
+            began: Instant::now(),
         }
     }
 
@@ -130,7 +132,13 @@ impl Download {
                     self.proved_wrong(&error);
                     last_error = Some(error);
                 }
-                Err(error) => last_error = Some(error),
+                Err(error) => {
+                    if self.apart.is_some() {
+                        // What it sent before it broke off may be the lie: the next one shows itself from the beginning.
+                        self.begin_anew();
+                    }
+                    last_error = Some(error);
+                }
             }
             if self.tried.len() >= TRIES {
                 break;
@@ -245,24 +253,27 @@ impl Download {
 
     /// What came is not what was signed: all of it comes once more, and what was given out has to be its beginning.
     fn proved_wrong(&mut self, error: &DownloadError) {
-        let senders = std::mem::take(&mut self.senders);
-        self.sent.clear();
-        self.verified.begin_anew();
+        let senders = self.begin_anew();
         if let [liar] = &senders[..] {
             self.lied(liar, error);
             return;
         }
         // Of several nobody knows whose bytes were wrong: each shows it by itself. Who takes part in this once more before it has shown it is
         // passed over for a while.
-        let mut apart = VecDeque::new();
         for sender in senders {
-            if self.holders.suspect(&sender.peer) {
+            if self.holders.suspect(&sender.peer, self.began) {
                 self.lied(&sender, error);
             } else {
-                apart.push_back(sender);
+                self.apart.get_or_insert_default().push_back(sender);
             }
         }
-        self.apart = Some(apart);
+    }
+
+    /// All of it comes once more. Gives who had sent what is not believed.
+    fn begin_anew(&mut self) -> Vec<Holder> {
+        self.sent.clear();
+        self.verified.begin_anew();
+        std::mem::take(&mut self.senders)
     }
 
     fn lied(&mut self, liar: &Holder, error: &DownloadError) {

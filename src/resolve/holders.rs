@@ -30,7 +30,7 @@ pub(super) struct Holders {
     pub(super) peers: Peers,
     cache: PeerCache,
     lookup: Lookup,
-    suspects: Cache<PeerId, ()>,
+    suspects: Cache<PeerId, Instant>,
 }
 
 impl Holders {
@@ -85,9 +85,10 @@ impl Holders {
         }))
     }
 
-    /// It took part in what proved wrong, together with others. True: not for the first time.
-    pub(super) fn suspect(&self, peer: &PeerId) -> bool {
-        !self.suspects.entry(peer.clone()).or_insert(()).is_fresh()
+    /// It took part in what proved wrong, together with others. True: it was a suspect before the download of this began.
+    pub(super) fn suspect(&self, peer: &PeerId, began: Instant) -> bool {
+        let entry = self.suspects.entry(peer.clone()).or_insert_with(Instant::now);
+        !entry.is_fresh() && *entry.value() < began
     }
 
     /// Whether it may be the one who sent wrong bytes: it is asked for whole NARs alone, which show who it is.

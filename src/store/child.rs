@@ -1,7 +1,7 @@
 //! One `nix-store --serve --write` process: started, greeted, asked, ended.
 //!
 //! The process holds the temporary garbage-collector root of every path that it was asked about, for as long as it
-//! lives. Which process is asked, and when it is replaced, is not known here ([`super::leases`]).
+//! lives. Which process is asked, and when it is replaced, is not known here ([`super::lease_office`]).
 
 use std::collections::HashMap;
 use std::process::{ExitStatus, Stdio};

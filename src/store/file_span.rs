@@ -10,6 +10,8 @@ use rustix::io::ReadWriteFlags;
 
 /// A longer part is cut: one call may not keep a thread that others wait for.
 const LONGEST: u64 = 1024 * 1024;
+/// So far apart it is looked whether the bytes are in memory: the kernel reads files in pieces about as long.
+const APART: usize = 128 * 1024;
 /// A shorter one costs more in system calls than a copy of it.
 const SHORTEST: u64 = 64 * 1024;
 
@@ -38,9 +40,11 @@ impl FileSpan {
         if range.end < range.start + SHORTEST {
             return None;
         }
-        // What lies between came with one of them: files are read in order, and the kernel reads ahead.
-        let both = is_in_memory(&**file, range.start) && is_in_memory(&**file, range.end - 1);
-        both.then(|| Self { file: file.clone(), range })
+        let looked_at = range.clone().step_by(APART).chain([range.end - 1]);
+        // What lies between two that are there came with one of them.
+        let last = looked_at.take_while(|at| is_in_memory(&**file, *at)).last()?;
+        let range = range.start..if last + 1 == range.end { range.end } else { last };
+        (range.end >= range.start + SHORTEST).then(|| Self { file: file.clone(), range })
     }
 
     /// Bytes that are still to be sent.

@@ -47,7 +47,7 @@ impl Holder {
 /// Leases that are to be taken again.
 #[derive(Default)]
 pub(super) struct LostLeases {
-    /// Those that were taken last come last.
+    /// Those of the process that died last come last.
     paths: Vec<StorePath>,
     of: Vec<Weak<Generation>>,
     /// When the first of them was lost.

@@ -74,6 +74,24 @@ fn bytes_that_prove_wrong_before_they_were_given_out_come_from_another_peer() {
 }
 
 #[test]
+fn who_lies_and_breaks_off_each_time_makes_no_liar_of_who_goes_on() {
+    // All of it is verified before any is given out.
+    let honest = honest(1 << 20);
+    let liar = peer(&honest, false, |mut nar| {
+        nar[1000] ^= 1;
+        half(nar, Then::Closes)
+    });
+    let good = peer(&honest, true, |nar| Script { ranges: true, ..Script::ok(nar) });
+    let settings = "[resolve]\nnarinfo_budget = \"5s\"";
+    let (daemon, _store) = relaying(&honest.key, &[liar.url(), good.url()], settings);
+    assert_eq!(ask(&daemon, &honest.path).status, 200);
+    assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar);
+    let of_the_good_one = format!("{}/", good.address);
+    let blamed = |line: &String| line.contains("is not so") && line.contains(&of_the_good_one);
+    assert!(!daemon.log().iter().any(blamed), "{:?}", daemon.log());
+}
+
+#[test]
 fn bytes_that_prove_wrong_after_they_were_given_out_are_cut_and_never_mended_unseen() {
     let honest = honest(LARGE);
     let first = peer(&honest, false, |mut nar| {
