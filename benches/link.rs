@@ -7,11 +7,16 @@
 
 #![allow(missing_docs, reason = "a program without an interface")]
 
+mod support;
+
 use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use support::Daemon;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_peernix");
 const ROUNDS: usize = 3;
 /// Bytes of files in all, and about how many a path has.
 const ALL: u64 = 600 << 20;
@@ -32,7 +37,8 @@ fn main() {
     let store = format!("[store]\nroot = {:?}\n", folder.join("holder"));
     let holder = |port: u16, settings: &str| {
         let listen = format!("{HOLDER}:{port}");
-        Daemon::start(&there, folder, &format!("holder-{port}"), &listen, &format!("{settings}{store}"))
+        let (program, name) = (there.command(PROGRAM), format!("holder-{port}"));
+        Daemon::start(program, folder, &name, &listen, &format!("{settings}{store}")).0
     };
     let _plain = holder(9998, "[limits]\ncompressors = 0\n");
     let _packed = holder(9999, "");
@@ -130,7 +136,7 @@ fn fetch(here: &Network, folder: &Path, port: u16, hashes: &[String], connection
         folder.join("asker")
     );
     let _ = std::fs::create_dir(folder.join("asker"));
-    let _daemon = Daemon::start(here, folder, "asker", "127.0.0.1:9997", &settings);
+    let (_daemon, ..) = Daemon::start(here.command(PROGRAM), folder, "asker", "127.0.0.1:9997", &settings);
     let url = |path: &str| format!("http://127.0.0.1:9997/{path}");
     let curl = || {
         let mut curl = here.command("curl");
@@ -191,35 +197,6 @@ impl Network {
 }
 
 impl Drop for Network {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// The real program; killed when dropped.
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(network: &Network, folder: &Path, name: &str, listen: &str, settings: &str) -> Self {
-        let state = folder.join(format!("{name}-state"));
-        let settings = format!(
-            "[discovery]\nenable = false\n[state]\ndirectory = {state:?}\n[log]\nformat = \"json\"\n{settings}"
-        );
-        let file = folder.join(format!("{name}.toml"));
-        std::fs::write(&file, settings).expect("a configuration");
-        let mut program = network.command(env!("CARGO_BIN_EXE_peernix"));
-        program.args(["--listen", listen, "--config"]).arg(&file).stderr(Stdio::piped());
-        let mut process = program.spawn().expect("the daemon");
-        let mut lines = BufReader::new(process.stderr.take().expect("its log")).lines().map_while(Result::ok);
-        assert!(lines.any(|line| line.contains("serving the local store")), "a daemon that starts");
-        // Whoever stops reading would stop the daemon.
-        std::thread::spawn(move || lines.for_each(drop));
-        Self(process)
-    }
-}
-
-impl Drop for Daemon {
     fn drop(&mut self) {
         let _ = self.0.kill();
         let _ = self.0.wait();

@@ -6,10 +6,13 @@
 
 #![allow(missing_docs, reason = "a program without an interface")]
 
-use std::io::{BufRead as _, BufReader};
+mod support;
+
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
+
+use support::Daemon;
 
 const ROUNDS: usize = 7;
 
@@ -42,8 +45,8 @@ fn main() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let folder = folder.path();
     let paths = build(folder);
-    let holder = Daemon::start(folder, "holder", None);
-    let relay = Daemon::start(folder, "relay", Some(&holder));
+    let holder = Peer::start(folder, "holder", None);
+    let relay = Peer::start(folder, "relay", Some(&holder));
     for (what, path) in ["closure of 300", "path of 128 MiB"].iter().zip(&paths) {
         let (mut straight, mut relayed) = (Vec::new(), Vec::new());
         for round in 0..ROUNDS {
@@ -70,49 +73,25 @@ fn median(times: &mut [Duration]) -> Duration {
     times[times.len() / 2]
 }
 
-/// The real program on a port of loopback; killed when dropped.
-struct Daemon {
-    process: Child,
+/// A daemon on a port of loopback, with a store of its own.
+struct Peer {
+    _daemon: Daemon,
     url: String,
     public_key: String,
 }
 
-impl Daemon {
-    fn start(folder: &Path, name: &str, peer: Option<&Self>) -> Self {
-        let (root, state) = (folder.join(name), folder.join(format!("{name}-state")));
+impl Peer {
+    /// One that knows another.
+    fn start(folder: &Path, name: &str, other: Option<&Self>) -> Self {
+        let root = folder.join(name);
         std::fs::create_dir_all(&root).expect("a store");
-        let mut settings = format!(
-            "[discovery]\nenable = false\n[trust]\nhost_keys = false\npublic_keys = [{}]\n\
-             [store]\nroot = {root:?}\n[state]\ndirectory = {state:?}\n[log]\nformat = \"json\"\n",
-            peer.map(|peer| format!("{:?}", peer.public_key)).unwrap_or_default(),
-        );
-        settings.extend(peer.map(|peer| format!("[[peer]]\nurl = {:?}\n", peer.url)));
-        let file = folder.join(format!("{name}.toml"));
-        std::fs::write(&file, settings).expect("a configuration");
-        let mut program = Command::new(env!("CARGO_BIN_EXE_peernix"));
-        program.args(["--listen", "127.0.0.1:0", "--config"]).arg(&file).stderr(Stdio::piped());
-        let mut process = program.spawn().expect("the daemon");
-        let mut lines = BufReader::new(process.stderr.take().expect("its log")).lines().map_while(Result::ok);
-        let mut told = |message: &str, field: &str| {
-            let line = lines
-                .by_ref()
-                .filter_map(|line| serde_json::from_str::<serde_json::Value>(&line).ok())
-                .find(|line| line["message"] == message)
-                .expect("a daemon that starts");
-            line[field].as_str().expect("a text").to_owned()
-        };
-        let url = format!("http://{}/nix-cache", told("listening", "address"));
-        let public_key = told("started", "public_key");
-        // Whoever stops reading would stop the daemon.
-        std::thread::spawn(move || lines.for_each(drop));
-        Self { process, url, public_key }
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        let keys = other.map(|other| format!("{:?}", other.public_key)).unwrap_or_default();
+        let mut settings =
+            format!("[store]\nroot = {root:?}\n[trust]\nhost_keys = false\npublic_keys = [{keys}]\n");
+        settings.extend(other.map(|other| format!("[[peer]]\nurl = {:?}\n", other.url)));
+        let program = Command::new(env!("CARGO_BIN_EXE_peernix"));
+        let (_daemon, address, public_key) = Daemon::start(program, folder, name, "127.0.0.1:0", &settings);
+        Self { _daemon, url: format!("http://{address}/nix-cache"), public_key }
     }
 }
 
@@ -136,7 +115,7 @@ fn build(folder: &Path) -> Vec<String> {
 }
 
 /// Copies the closure into a store that is empty, and says how long that took.
-fn copy(folder: &Path, path: &str, from: &Daemon) -> Duration {
+fn copy(folder: &Path, path: &str, from: &Peer) -> Duration {
     let target = folder.join("target");
     let _ = std::fs::remove_dir_all(&target);
     let _ = std::fs::remove_dir_all(folder.join(".cache"));

@@ -7,10 +7,14 @@
 
 #![allow(missing_docs, reason = "a program without an interface")]
 
+mod support;
+
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
+
+use support::Daemon;
 
 const ROUNDS: usize = 5;
 const SIZE: usize = 128 << 20;
@@ -51,13 +55,13 @@ fn median(times: &mut [Duration]) -> f64 {
 fn fetch(folder: &Path, lan: &Lan, path: &str, holders: usize) -> Duration {
     let mut daemons = Vec::new();
     for (number, name) in ["one", "two"].iter().enumerate().take(holders) {
-        daemons.push(Daemon::start(folder, lan, name, number + 1, ""));
+        daemons.push(daemon(folder, lan, name, number + 1, ""));
     }
     let peers: String = (1..=holders)
         .map(|number| format!("[[peer]]\nurl = \"http://{NETWORK}.{number}:9999/nix-cache\"\n"))
         .collect();
     let settings = format!("[trust]\nhost_keys = false\nunsigned = \"relay\"\n{peers}");
-    daemons.push(Daemon::start(folder, lan, "fetching", 3, &settings));
+    daemons.push(daemon(folder, lan, "fetching", 3, &settings));
     let hash = &path["/nix/store/".len()..][..32];
     let narinfo = lan.curl(3, &format!("http://127.0.0.1:9999/nix-cache/{hash}.narinfo"), None);
     let narinfo = String::from_utf8(narinfo).expect("a narinfo");
@@ -165,33 +169,10 @@ fn run(host: &Child, script: &str) {
     assert!(told.status.success(), "{script}: {}", String::from_utf8_lossy(&told.stderr));
 }
 
-/// The real program; killed when dropped.
-struct Daemon(Child);
-
-impl Daemon {
-    fn start(folder: &Path, lan: &Lan, name: &str, number: usize, settings: &str) -> Self {
-        let (root, state) = (folder.join(name), folder.join(format!("{name}-state")));
-        std::fs::create_dir_all(&root).expect("a store");
-        let settings = format!(
-            "[discovery]\nenable = false\n[store]\nroot = {root:?}\n[state]\ndirectory = {state:?}\n\
-             [log]\nformat = \"json\"\n{settings}"
-        );
-        let file = folder.join(format!("{name}.toml"));
-        std::fs::write(&file, settings).expect("a configuration");
-        let mut program = inside(lan.host(number), env!("CARGO_BIN_EXE_peernix"));
-        program.args(["--listen", "0.0.0.0:9999", "--config"]).arg(&file).stderr(Stdio::piped());
-        let mut process = program.spawn().expect("the daemon");
-        let mut lines = BufReader::new(process.stderr.take().expect("its log")).lines().map_while(Result::ok);
-        assert!(lines.any(|line| line.contains("\"listening\"")), "a daemon that starts");
-        // Whoever stops reading would stop the daemon.
-        std::thread::spawn(move || lines.for_each(drop));
-        Self(process)
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// The daemon of a host, with a store of its own.
+fn daemon(folder: &Path, lan: &Lan, name: &str, number: usize, settings: &str) -> Daemon {
+    let root = folder.join(name);
+    std::fs::create_dir_all(&root).expect("a store");
+    let program = inside(lan.host(number), env!("CARGO_BIN_EXE_peernix"));
+    Daemon::start(program, folder, name, "0.0.0.0:9999", &format!("[store]\nroot = {root:?}\n{settings}")).0
 }
