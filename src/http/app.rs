@@ -35,15 +35,15 @@ use crate::resolve::{Holdings, INSTANCE_HEADER, PEER_HEADER, ResolveError, Resol
 const COMPLAINTS: NonZeroU32 = NonZeroU32::MIN;
 
 /// What answers requests; one for all connections.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct App {
     files: CacheFiles,
     pages: axum::Router,
     metrics: Metrics,
     /// Who answers, told to peers.
     instance: Option<HeaderValue>,
-    requests: Arc<AtomicU64>,
-    complaints: Arc<DefaultDirectRateLimiter>,
+    requests: AtomicU64,
+    complaints: DefaultDirectRateLimiter,
 }
 
 #[derive(Clone)]
@@ -74,8 +74,8 @@ impl App {
             .route("/api/v1/holdings", get(holdings))
             .route("/nix-cache/api/v1/holdings", get(holdings))
             .with_state(Pages { resolver, metrics: metrics.clone(), since: Instant::now() });
-        let complaints = Arc::new(RateLimiter::direct(Quota::per_second(COMPLAINTS)));
-        Self { files, pages, metrics, instance, requests: Arc::default(), complaints }
+        let complaints = RateLimiter::direct(Quota::per_second(COMPLAINTS));
+        Self { files, pages, metrics, instance, requests: AtomicU64::new(0), complaints }
     }
 
     /// Answers one request. Never fails: whatever goes wrong is an answer too.

@@ -1,5 +1,7 @@
 //! The files of the binary cache: nix-cache-info, narinfo, NAR, listing, log.
 
+use std::sync::Arc;
+
 use axum::body::Body;
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt as _};
@@ -31,13 +33,13 @@ const SHORTEST_PACKED: u64 = 16 * 1024;
 const ENCODED_BY: &str = "accept-encoding, x-peernix-peer, x-peernix-link";
 
 /// Answers for the files of the cache.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub(super) struct CacheFiles {
     resolver: Resolver,
     cache_info: Bytes,
     compression: Compression,
     compressors: Compressors,
-    metrics: HttpMetrics,
+    metrics: Arc<HttpMetrics>,
 }
 
 /// What is asked for of a NAR, by whom.
@@ -65,7 +67,7 @@ impl CacheFiles {
         resolver: Resolver,
         options: &Options,
         compressors: Compressors,
-        metrics: HttpMetrics,
+        metrics: Arc<HttpMetrics>,
     ) -> Self {
         let cache_info = CacheInfo {
             store_dir: resolver.store().store_dir().as_str().to_owned(),

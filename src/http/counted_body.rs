@@ -16,12 +16,12 @@ pub(super) struct CountedBody {
     body: Body,
     route: Route,
     sent: u64,
-    metrics: HttpMetrics,
+    metrics: Arc<HttpMetrics>,
     activity: Arc<Activity>,
 }
 
 impl CountedBody {
-    pub(super) fn new(body: Body, route: Route, metrics: HttpMetrics, activity: Arc<Activity>) -> Self {
+    pub(super) fn new(body: Body, route: Route, metrics: Arc<HttpMetrics>, activity: Arc<Activity>) -> Self {
         Self { body, route, sent: 0, metrics, activity }
     }
 }

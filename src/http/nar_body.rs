@@ -2,6 +2,7 @@
 //! that bytes are missing.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -17,14 +18,19 @@ use crate::resolve::{NarReadError, NarStream};
 pub(super) struct NarBody {
     stream: NarStream,
     path: StorePath,
-    metrics: HttpMetrics,
+    metrics: Arc<HttpMetrics>,
     files: FileQueue,
     span: tracing::Span,
 }
 
 impl NarBody {
     /// To be written to the connection that has this queue, and read by nobody else.
-    pub(super) fn new(stream: NarStream, path: StorePath, metrics: HttpMetrics, files: FileQueue) -> Self {
+    pub(super) fn new(
+        stream: NarStream,
+        path: StorePath,
+        metrics: Arc<HttpMetrics>,
+        files: FileQueue,
+    ) -> Self {
         Self { stream, path, metrics, files, span: tracing::Span::current() }
     }
 }

@@ -5,6 +5,7 @@
 
 use std::error::Error;
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
@@ -49,13 +50,13 @@ enum Piece {
 
 /// The body of `len` bytes that `source` gives, packed. Without a packing it is a frame of zstd that holds the bytes as they
 /// are, and takes no memory.
-pub(super) fn packed<S, E>(source: S, len: u64, packing: Option<Packing>, metrics: &HttpMetrics) -> Body
+pub(super) fn packed<S, E>(source: S, len: u64, packing: Option<Packing>, metrics: &Arc<HttpMetrics>) -> Body
 where
     S: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: Error + Send + Sync + 'static,
 {
     let (sender, pieces) = mpsc::channel(AHEAD);
-    let metrics = metrics.clone();
+    let metrics = Arc::clone(metrics);
     let pump = async move {
         let end = pump(source, len, packing, &sender, &metrics).await;
         // Nobody may be there to hear it: the client left.
@@ -78,7 +79,7 @@ async fn pump<S, E>(
     len: u64,
     packing: Option<Packing>,
     to: &mpsc::Sender<Result<Piece, PackError>>,
-    metrics: &HttpMetrics,
+    metrics: &Arc<HttpMetrics>,
 ) -> Result<(), PackError>
 where
     S: Stream<Item = Result<Bytes, E>> + Send + 'static,

@@ -104,7 +104,7 @@ fn is_no_ipv6(error: &std::io::Error) -> bool {
 /// What serves; runs until it is shut down.
 #[derive(Debug)]
 pub struct Server {
-    app: App,
+    app: Arc<App>,
     gate: Arc<Gate>,
     limits: Arc<Limits>,
     drain_time: Duration,
@@ -115,8 +115,9 @@ impl Server {
     /// Puts the parts together. Nothing is served yet.
     #[must_use]
     pub fn new(resolver: Resolver, options: &Options, limits: &Limits, metrics: Metrics) -> Self {
+        let compressors = Compressors::new(limits.compressors());
         Self {
-            app: App::new(resolver, options, Compressors::new(limits.compressors()), metrics.clone()),
+            app: Arc::new(App::new(resolver, options, compressors, metrics.clone())),
             gate: Arc::new(Gate::new(options, limits)),
             limits: Arc::new(limits.clone()),
             drain_time: options.drain_time,
@@ -175,7 +176,7 @@ impl Server {
         };
         // Without it the last bytes of an answer may wait for an acknowledgement.
         let _ = socket.set_nodelay(true);
-        let (app, limits, metrics) = (self.app.clone(), Arc::clone(&self.limits), self.metrics.clone());
+        let (app, limits, metrics) = (Arc::clone(&self.app), Arc::clone(&self.limits), self.metrics.clone());
         Some(async move {
             metrics.http.connections.inc();
             serve(socket, client, app, &limits, &metrics, stop).await;
@@ -203,7 +204,7 @@ async fn accept(listener: TcpListener, accepted: mpsc::Sender<(TcpStream, Socket
 async fn serve(
     socket: TcpStream,
     client: Admitted,
-    app: App,
+    app: Arc<App>,
     limits: &Limits,
     metrics: &Metrics,
     mut stop: watch::Receiver<bool>,
@@ -213,7 +214,7 @@ async fn serve(
     let io = TokioIo::new(Watched::new(socket, Arc::clone(&activity)));
     let (client, noted) = (Arc::new(client), Arc::clone(&activity));
     let service = service_fn(move |request| {
-        let (app, client, activity) = (app.clone(), Arc::clone(&client), Arc::clone(&noted));
+        let (app, client, activity) = (Arc::clone(&app), Arc::clone(&client), Arc::clone(&noted));
         async move { Ok::<_, std::convert::Infallible>(app.answer(request, &client, activity).await) }
     });
     let mut http = http1::Builder::new();

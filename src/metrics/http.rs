@@ -100,7 +100,7 @@ struct RefusalLabel {
 }
 
 /// What HTTP counts.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct HttpMetrics {
     requests: Family<RequestLabels, Counter>,
     seconds: Family<RouteLabel, Histogram, fn() -> Histogram>,

@@ -27,7 +27,7 @@ pub use store::StoreMetrics;
 pub struct Metrics {
     registry: Arc<Registry>,
     /// What HTTP counts.
-    pub http: HttpMetrics,
+    pub http: Arc<HttpMetrics>,
     /// What the store counts.
     pub store: StoreMetrics,
     /// What discovery and the ways to peers count.
@@ -47,7 +47,7 @@ impl Metrics {
     /// A fresh set, registered under the names that `/metrics` shows.
     #[must_use]
     pub fn new() -> Self {
-        let (http, store) = (HttpMetrics::new(), StoreMetrics::default());
+        let (http, store) = (Arc::new(HttpMetrics::new()), StoreMetrics::default());
         let (peers, lookups) = (PeerMetrics::default(), LookupMetrics::default());
         let relay = RelayMetrics::default();
         let mut registry = Registry::with_prefix("peernix");

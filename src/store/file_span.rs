@@ -8,12 +8,12 @@ use std::sync::Arc;
 
 use rustix::io::ReadWriteFlags;
 
-/// A longer part is cut: one call may not keep a thread that others wait for.
-const LONGEST: u64 = 1024 * 1024;
+/// What is longer than this by [`SHORTEST`] is cut: one call may not keep a thread that others wait for.
+const LONG: u64 = 1024 * 1024;
 /// So far apart it is looked whether the bytes are in memory: the kernel reads files in pieces about as long.
 const APART: usize = 128 * 1024;
 /// A shorter one costs more in system calls than a copy of it.
-const SHORTEST: u64 = 64 * 1024;
+pub(super) const SHORTEST: u64 = 64 * 1024;
 
 /// A file that is open, and whatever goes with it.
 trait OpenFile: AsFd + Debug + Send + Sync {}
@@ -29,17 +29,19 @@ pub struct FileSpan {
 
 impl FileSpan {
     /// No span is longer, in bytes.
-    pub const LONGEST: usize = LONGEST as usize;
+    pub const LONGEST: usize = (LONG + SHORTEST) as usize;
 
     /// The beginning of this range, if that is worth it and in memory: who sends may not wait for the disk.
     pub(super) fn in_memory<F>(file: &Arc<F>, range: Range<u64>) -> Option<Self>
     where
         F: AsFd + Debug + Send + Sync + 'static,
     {
-        let range = range.start..range.end.min(range.start + LONGEST);
-        if range.end < range.start + SHORTEST {
+        let len = range.end - range.start;
+        if len < SHORTEST {
             return None;
         }
+        // No rest is left that would be too short for another one.
+        let range = range.start..range.start + if len < LONG + SHORTEST { len } else { LONG };
         let looked_at = range.clone().step_by(APART).chain([range.end - 1]);
         // What lies between two that are there came with one of them.
         let last = looked_at.take_while(|at| is_in_memory(&**file, *at)).last()?;

@@ -19,6 +19,7 @@ mod nar_copies;
 mod nar_copy;
 mod nar_reader;
 mod nar_stream;
+mod open_directory;
 mod options;
 mod tree;
 
@@ -284,9 +285,13 @@ impl Store {
     }
 
     async fn lay_out(&self, known: &KnownPath) -> Result<Arc<NarLayout>, StoreError> {
-        let real = known.real.clone();
-        let layout = spawn_blocking(move || tree::lay_out(&real));
-        let layout = layout.await.map_err(|_| StoreError::Closed)??;
+        let layout = match tree::lay_out_file(&known.real) {
+            Some(layout) => layout,
+            None => {
+                let real = known.real.clone();
+                spawn_blocking(move || tree::lay_out(&real)).await.map_err(|_| StoreError::Closed)??
+            }
+        };
         if layout.len() != known.info.nar_size {
             let (expected, found) = (known.info.nar_size, layout.len());
             return Err(StoreError::WrongSize { path: known.real.clone(), expected, found });

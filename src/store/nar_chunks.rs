@@ -16,7 +16,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::buffers::{BufferPool, CHUNK};
-use super::file_span::FileSpan;
+use super::file_span::{FileSpan, SHORTEST};
 use super::nar_copy::CopyFile;
 use super::nar_reader::{NarReadError, NarReader};
 
@@ -71,6 +71,12 @@ impl NarChunks {
         {
             return Poll::Ready(Some(cached));
         }
+        if self.tasks.is_empty()
+            && self.copy.is_none()
+            && let Some(literal) = self.rest.as_mut().and_then(|rest| rest.reach_cached(SHORTEST))
+        {
+            return Poll::Ready(Some(Ok(literal)));
+        }
         if self.tasks.is_empty() {
             self.start_one(None);
         }
@@ -95,8 +101,8 @@ impl NarChunks {
 
     /// The next bytes, if they are those of one file, in memory, that need not be read here.
     pub(super) fn span(&mut self) -> Option<FileSpan> {
-        let may_be = self.tasks.is_empty() && self.is_inside_file();
-        self.rest.as_mut().filter(|_| may_be)?.span()
+        let may_be = self.tasks.is_empty() && self.copy.is_none();
+        self.rest.as_mut().filter(|rest| may_be && rest.is_inside_file(SHORTEST))?.span()
     }
 
     /// Whether the next chunk may be had here and now. A copy is written by tasks alone.

@@ -3,22 +3,24 @@
 //! The layout says what belongs where; each file has to be what it was when it was laid out. What is missing, short or
 //! changed is an error, and never an early end.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::IoSliceMut;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
-use std::os::unix::ffi::OsStrExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use rustix::fs::{FileType, Mode, OFlags};
+use bytes::Bytes;
+use rustix::fs::ResolveFlags;
 use rustix::io::{Errno, ReadWriteFlags};
 use thiserror::Error;
 
 use super::file_span::FileSpan;
-use super::tree::file_meta;
+use super::open_directory::OpenDirectory;
 use crate::nix::layout::{Cursor, FileMeta, NarLayout, Step};
+
+/// Steps to the next file that are looked at ahead of reading.
+const NEAR: usize = 16;
 
 /// Why a NAR can't be read to its end.
 #[derive(Debug, Error)]
@@ -68,17 +70,10 @@ struct OpenFile {
     before: Cursor,
 }
 
-/// The directory that the cursor is in. Opened when a file in it is; one descriptor however deep the tree.
-#[derive(Debug)]
-struct OpenDirectory {
-    path: PathBuf,
-    fd: Option<OwnedFd>,
-}
-
 impl NarReader {
     /// Reads `range` of the NAR of the tree at `root`.
     pub(super) fn new(root: PathBuf, layout: Arc<NarLayout>, range: Range<u64>) -> Self {
-        let directory = OpenDirectory { path: root.clone(), fd: None };
+        let directory = OpenDirectory::new(root.clone());
         Self {
             root,
             layout,
@@ -105,6 +100,53 @@ impl NarReader {
             && self.file.as_ref().is_some_and(|file| left(file).min(self.remaining) >= bytes)
     }
 
+    /// Goes on to the next file, if few steps lead to one of `bytes` or more that can be opened here and now, or to the end. What
+    /// is to be given out before it is returned.
+    pub(super) fn reach_cached(&mut self, bytes: u64) -> Option<Bytes> {
+        let is_between = self.skip == 0 && self.file.is_none() && self.literal_at == self.literal.len();
+        if !is_between || self.remaining == 0 || !self.is_near_file(bytes) {
+            return None;
+        }
+        let (mut given, mut may_go_on) = (Vec::new(), true);
+        while may_go_on {
+            let before = self.cursor;
+            self.literal.clear();
+            self.literal_at = 0;
+            match self.cursor.advance(&self.layout, &mut self.literal) {
+                Step::Enter(name) => self.directory.enter(name),
+                Step::Leave => self.directory.leave(&self.root),
+                Step::Symlink { .. } => {}
+                Step::Finished => may_go_on = false,
+                Step::File { meta, .. } if meta.size == 0 => {}
+                Step::File { name, meta } => {
+                    may_go_on = false;
+                    match self.directory.open(name, meta, ResolveFlags::CACHED) {
+                        Ok(file) => self.file = Some(OpenFile::new(file, meta, before)),
+                        // Whoever reads on opens it, or says what is wrong.
+                        Err(_) => {
+                            self.cursor = before;
+                            self.literal.clear();
+                        }
+                    }
+                }
+            }
+            let at = given.len();
+            given.resize(at + self.literal.len(), 0);
+            let len = self.give_literal(&mut given[at..]);
+            given.truncate(at + len);
+        }
+        (!given.is_empty()).then(|| given.into())
+    }
+
+    fn is_near_file(&self, bytes: u64) -> bool {
+        let (mut cursor, mut literal) = (self.cursor, Vec::new());
+        (0..NEAR).find_map(|_| match cursor.advance(&self.layout, &mut literal) {
+            Step::File { meta, .. } if meta.size > 0 => Some(meta.size.min(self.remaining) >= bytes),
+            Step::Finished => Some(true),
+            _ => None,
+        }) == Some(true)
+    }
+
     /// Whether a file comes next of which at least `bytes` are left, opened or not.
     pub(super) fn is_at_file(&self, bytes: u64) -> bool {
         if self.file.is_some() || self.literal_at < self.literal.len() {
@@ -122,7 +164,7 @@ impl NarReader {
 
     /// Cuts off the next `bytes`, as a reader of its own that may be read at the same time. Nothing is opened for it.
     pub(super) fn split_off(&mut self, bytes: u64) -> Self {
-        let directory = OpenDirectory { path: self.directory.path.clone(), fd: None };
+        let directory = OpenDirectory::new(self.directory.path().to_owned());
         let mut rest = Self {
             root: self.root.clone(),
             layout: Arc::clone(&self.layout),
@@ -239,7 +281,7 @@ impl NarReader {
         while got < len {
             let mut slices = [IoSliceMut::new(&mut buffer[got..len])];
             match rustix::io::preadv2(&file.file, &mut slices, file.at, flags) {
-                Ok(0) => return Err(NarReadError::Changed(self.directory.path.clone())),
+                Ok(0) => return Err(NarReadError::Changed(self.directory.path().to_owned())),
                 Ok(read) => {
                     got += read;
                     file.at += read as u64;
@@ -248,7 +290,7 @@ impl NarReader {
                 // Not in memory, or a file system that can't say.
                 Err(Errno::AGAIN | Errno::OPNOTSUPP) if !flags.is_empty() => break,
                 Err(source) => {
-                    return Err(NarReadError::Io { path: self.directory.path.clone(), source });
+                    return Err(NarReadError::Io { path: self.directory.path().to_owned(), source });
                 }
             }
         }
@@ -274,8 +316,8 @@ impl NarReader {
                     self.skip -= behind;
                     self.literal.clear();
                 } else if meta.size > 0 {
-                    let file = Arc::new(self.directory.open(name, meta)?.into());
-                    self.file = Some(OpenFile { file, at: 0, size: meta.size, before });
+                    let file = self.directory.open(name, meta, ResolveFlags::empty())?;
+                    self.file = Some(OpenFile::new(file, meta, before));
                 }
             }
             Step::Symlink { .. } => {}
@@ -288,50 +330,9 @@ impl NarReader {
     }
 }
 
-impl OpenDirectory {
-    fn enter(&mut self, name: &[u8]) {
-        if !name.is_empty() {
-            self.path.push(OsStr::from_bytes(name));
-        }
-        self.fd = None;
-    }
-
-    fn leave(&mut self, root: &Path) {
-        if self.path != root {
-            self.path.pop();
-        }
-        self.fd = None;
-    }
-
-    /// Opens a file of this directory, or the root itself if that is a file, and checks that it is what it was.
-    fn open(&mut self, name: &[u8], meta: FileMeta) -> Result<OwnedFd, NarReadError> {
-        // Joining an empty name would leave a slash behind.
-        let path = match name {
-            b"" => self.path.clone(),
-            name => self.path.join(OsStr::from_bytes(name)),
-        };
-        let io = |source| NarReadError::Io { path: path.clone(), source };
-        // A pipe in the place of a file would block the open itself.
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let fd = if name.is_empty() {
-            rustix::fs::open(&self.path, flags, Mode::empty()).map_err(io)?
-        } else {
-            let directory = match &self.fd {
-                Some(fd) => fd,
-                None => {
-                    let flags = flags | OFlags::DIRECTORY;
-                    let fd = rustix::fs::open(&self.path, flags, Mode::empty()).map_err(io)?;
-                    self.fd.insert(fd)
-                }
-            };
-            rustix::fs::openat(directory, OsStr::from_bytes(name), flags, Mode::empty()).map_err(io)?
-        };
-        let stat = rustix::fs::fstat(&fd).map_err(io)?;
-        let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-        if !regular || file_meta(&stat) != meta {
-            return Err(NarReadError::Changed(path));
-        }
-        Ok(fd)
+impl OpenFile {
+    fn new(file: OwnedFd, meta: FileMeta, before: Cursor) -> Self {
+        Self { file: Arc::new(file.into()), at: 0, size: meta.size, before }
     }
 }
 
@@ -346,6 +347,7 @@ mod tests {
     use proptest::prelude::*;
     use std::io::Read as _;
     use std::os::unix::fs::{PermissionsExt as _, symlink};
+    use std::path::Path;
 
     /// Fills a folder with a tree that is drawn by lot: each step is a kind, a name and a size.
     fn grow(root: &Path, steps: &[(u8, u8, u16)]) {
@@ -378,6 +380,9 @@ mod tests {
         let mut reader = NarReader::new(root.to_owned(), Arc::clone(layout), range);
         let (mut nar, mut buffer) = (Vec::new(), vec![0; chunk]);
         loop {
+            if let Some(literal) = reader.reach_cached(chunk as u64) {
+                nar.extend_from_slice(&literal);
+            }
             let cached = if reader.is_inside_file(chunk as u64) {
                 reader.fill_cached(&mut buffer).unwrap()
             } else {
@@ -402,6 +407,9 @@ mod tests {
             let mut begun = vec![0; if parts.len() % 3 == 2 { chunk / 2 } else { 0 }];
             let filled = rest.fill(&mut begun).unwrap();
             begun.truncate(filled);
+            if parts.len() % 4 == 1 {
+                begun.extend_from_slice(&rest.reach_cached(1).unwrap_or_default());
+            }
             if rest.is_at_file(chunk as u64) {
                 assert!(rest.remaining() >= chunk as u64);
             }

@@ -56,6 +56,15 @@ enum Kind {
     Symlink(Vec<u8>),
 }
 
+/// Lays out the tree at `root` if it is a file, at the cost of one `lstat`: not blocking where that was just done.
+pub(super) fn lay_out_file(root: &Path) -> Option<NarLayout> {
+    let stat = rustix::fs::lstat(root).ok()?;
+    let mut builder = LayoutBuilder::default();
+    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+    builder.file(b"", is_file.then(|| file_meta(&stat))?).ok()?;
+    builder.finish().ok()
+}
+
 /// Lays out the tree at `root`, which may be a directory, a file or a symbolic link.
 pub(super) fn lay_out(root: &Path) -> Result<NarLayout, TreeError> {
     let mut builder = LayoutBuilder::default();
