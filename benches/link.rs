@@ -7,13 +7,15 @@
 
 #![allow(missing_docs, reason = "a program without an interface")]
 
+#[path = "support/network.rs"]
+mod network;
 mod support;
 
-use std::io::{BufRead as _, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use network::Network;
 use support::Daemon;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_peernix");
@@ -33,7 +35,10 @@ fn main() {
     let folder = folder.path();
     let paths = fill(folder);
     let (there, here) = (Network::new(), Network::new());
-    there.connect(&here);
+    there.run(&format!("ip link add eth0 type veth peer name eth0 netns {}", here.pid()));
+    for (network, address) in [(&there, HOLDER), (&here, "10.78.0.2")] {
+        network.run(&format!("ip address add {address}/24 dev eth0 && ip link set eth0 up"));
+    }
     let store = format!("[store]\nroot = {:?}\n", folder.join("holder"));
     let holder = |port: u16, settings: &str| {
         let listen = format!("{HOLDER}:{port}");
@@ -44,10 +49,9 @@ fn main() {
     let _packed = holder(9999, "");
     for shaped in [true, false] {
         if shaped {
-            let shape = ["qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "1gbit"];
-            run(there.command("tc").args(shape).args(["burst", "256k", "latency", "50ms"]));
+            there.run("tc qdisc add dev eth0 root tbf rate 1gbit burst 256k latency 50ms");
         } else {
-            run(there.command("tc").args(["qdisc", "del", "dev", "eth0", "root"]));
+            there.run("tc qdisc del dev eth0 root");
         }
         for connections in [1, 8] {
             let what = format!("{}, {connections} at once", if shaped { "1 Gbit/s" } else { "as it is" });
@@ -163,42 +167,4 @@ fn fetch(here: &Network, folder: &Path, port: u16, hashes: &[String], connection
     let metrics = run(curl().arg(url("metrics")));
     let wire = metrics.lines().find_map(|line| line.strip_prefix("peernix_wire_bytes_total ")?.parse().ok());
     (took, wire.expect("a metric"))
-}
-
-/// A network namespace that lives as long as this.
-struct Network(Child);
-
-impl Network {
-    fn new() -> Self {
-        let mut unshare = Command::new("unshare");
-        unshare.args(["--net", "sh", "-c", "ip link set lo up && echo ready && exec sleep infinity"]);
-        let mut process = unshare.stdout(Stdio::piped()).spawn().expect("unshare, as root");
-        let mut line = String::new();
-        BufReader::new(process.stdout.take().expect("a pipe")).read_line(&mut line).expect("a line");
-        assert_eq!(line, "ready\n", "namespaces can't be made here");
-        Self(process)
-    }
-
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        command.args(["--target", &self.0.id().to_string(), "--net", "--", program]);
-        command
-    }
-
-    fn connect(&self, other: &Self) {
-        let inside = other.0.id().to_string();
-        let peer = ["peer", "name", "eth0", "netns", &inside];
-        run(self.command("ip").args(["link", "add", "eth0", "type", "veth"]).args(peer));
-        for (network, address) in [(self, "10.78.0.1/24"), (other, "10.78.0.2/24")] {
-            run(network.command("ip").args(["address", "add", address, "dev", "eth0"]));
-            run(network.command("ip").args(["link", "set", "eth0", "up"]));
-        }
-    }
-}
-
-impl Drop for Network {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }

@@ -7,13 +7,16 @@
 
 #![allow(missing_docs, reason = "a program without an interface")]
 
+#[path = "support/network.rs"]
+mod network;
 mod support;
 
-use std::io::{BufRead as _, BufReader, Write as _};
+use std::io::Write as _;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
+use network::Network;
 use support::Daemon;
 
 const ROUNDS: usize = 5;
@@ -93,27 +96,28 @@ fn add(folder: &Path, name: &str) -> String {
     String::from_utf8_lossy(&told.stdout).trim().to_owned()
 }
 
-/// A bridge and three hosts on it, each a process that keeps its network namespace open.
+/// A bridge and three hosts on it.
 struct Lan {
-    bridge: Child,
-    hosts: Vec<Child>,
+    _bridge: Network,
+    hosts: Vec<Network>,
 }
 
 impl Lan {
     fn new() -> Self {
-        let bridge = namespace("ip link set lo up && ip link add br0 type bridge && ip link set br0 up");
+        let bridge = Network::new();
+        bridge.run("ip link add br0 type bridge && ip link set br0 up");
         let mut hosts = Vec::new();
         for number in 1..=3 {
-            let host = namespace("ip link set lo up");
-            let inside = format!("ip link add cable{number} type veth peer name eth0 netns {}", host.id());
-            run(&bridge, &format!("{inside} && ip link set cable{number} master br0 up"));
-            run(&host, &format!("ip address add {NETWORK}.{number}/24 dev eth0 && ip link set eth0 up"));
+            let host = Network::new();
+            let cable = format!("ip link add cable{number} type veth peer name eth0 netns {}", host.pid());
+            bridge.run(&format!("{cable} && ip link set cable{number} master br0 up"));
+            host.run(&format!("ip address add {NETWORK}.{number}/24 dev eth0 && ip link set eth0 up"));
             hosts.push(host);
         }
-        Self { bridge, hosts }
+        Self { _bridge: bridge, hosts }
     }
 
-    fn host(&self, number: usize) -> &Child {
+    fn host(&self, number: usize) -> &Network {
         &self.hosts[number - 1]
     }
 
@@ -123,11 +127,11 @@ impl Lan {
         } else {
             "tc qdisc del dev eth0 root"
         };
-        run(self.host(number), script);
+        self.host(number).run(script);
     }
 
     fn curl(&self, number: usize, url: &str, target: Option<&Path>) -> Vec<u8> {
-        let mut curl = inside(self.host(number), "curl");
+        let mut curl = self.host(number).command("curl");
         curl.args(["--silent", "--show-error", "--fail", "--max-time", "120", url]);
         if let Some(target) = target {
             curl.arg("--output").arg(target);
@@ -138,41 +142,10 @@ impl Lan {
     }
 }
 
-impl Drop for Lan {
-    fn drop(&mut self) {
-        for process in self.hosts.iter_mut().chain([&mut self.bridge]) {
-            let _ = process.kill();
-            let _ = process.wait();
-        }
-    }
-}
-
-fn namespace(script: &str) -> Child {
-    let mut unshare = Command::new("unshare");
-    unshare.args(["--net", "sh", "-c", &format!("{script} && echo ready && exec sleep infinity")]);
-    let mut process = unshare.stdout(Stdio::piped()).spawn().expect("unshare");
-    let mut line = String::new();
-    let stdout = process.stdout.take().expect("its output");
-    BufReader::new(stdout).read_line(&mut line).expect("its output");
-    assert_eq!(line, "ready\n", "network namespaces need root");
-    process
-}
-
-fn inside(host: &Child, program: &str) -> Command {
-    let mut command = Command::new("nsenter");
-    command.args(["--target", &host.id().to_string(), "--net", "--", program]);
-    command
-}
-
-fn run(host: &Child, script: &str) {
-    let told = inside(host, "sh").args(["-c", script]).output().expect("nsenter");
-    assert!(told.status.success(), "{script}: {}", String::from_utf8_lossy(&told.stderr));
-}
-
 /// The daemon of a host, with a store of its own.
 fn daemon(folder: &Path, lan: &Lan, name: &str, number: usize, settings: &str) -> Daemon {
     let root = folder.join(name);
     std::fs::create_dir_all(&root).expect("a store");
-    let program = inside(lan.host(number), env!("CARGO_BIN_EXE_peernix"));
+    let program = lan.host(number).command(env!("CARGO_BIN_EXE_peernix"));
     Daemon::start(program, folder, name, "0.0.0.0:9999", &format!("[store]\nroot = {root:?}\n{settings}")).0
 }

@@ -10,12 +10,18 @@
 #![allow(missing_docs, reason = "a program without an interface")]
 
 mod client;
+#[path = "../support/connection.rs"]
+mod connection;
+#[path = "../support/figures.rs"]
+mod figures;
 mod servers;
 mod store;
 mod table;
+#[path = "../support/tools.rs"]
+mod tools;
 
 use std::collections::HashMap;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::time::Duration;
 
 use client::{Nar, nars, read, walk};
@@ -77,11 +83,7 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
-    let missing: Vec<_> = TOOLS.iter().filter(|(program, _)| !runs(program)).collect();
-    for (program, package) in &missing {
-        eprintln!("{program} is missing: apt-get install {package}");
-    }
-    if !missing.is_empty() {
+    if !tools::are_there(TOOLS) {
         return ExitCode::FAILURE;
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
@@ -95,12 +97,6 @@ fn main() -> ExitCode {
     }
     table.print();
     ExitCode::SUCCESS
-}
-
-fn runs(program: &str) -> bool {
-    let mut command = Command::new(program);
-    command.arg("-v").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-    command.status().is_ok()
 }
 
 struct Round<'a> {

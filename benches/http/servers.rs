@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::client::Client;
+use crate::connection::Client;
 use crate::store::Store;
 
 /// /proc counts CPU time in hundredths of a second, on every Linux.

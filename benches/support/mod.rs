@@ -5,11 +5,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 /// Killed when dropped.
-pub(crate) struct Daemon(Child);
+pub(crate) struct Daemon(pub(crate) Child);
 
 impl Daemon {
-    /// Starts `program` with these settings, and a state folder of its own in `folder`. It looks for nobody by itself. With it:
-    /// the address that it listens on, and the key that it signs with, as Nix writes it.
+    /// Starts `program` with these settings, and a state folder of its own in `folder`. It looks for nobody by itself, unless they say
+    /// how. With it: the address that it listens on, and the key that it signs with, as Nix writes it.
     pub(crate) fn start(
         mut program: Command,
         folder: &Path,
@@ -18,9 +18,8 @@ impl Daemon {
         settings: &str,
     ) -> (Self, String, String) {
         let state = folder.join(format!("{name}-state"));
-        let settings = format!(
-            "[discovery]\nenable = false\n[state]\ndirectory = {state:?}\n[log]\nformat = \"json\"\n{settings}"
-        );
+        let alone = if settings.contains("[discovery]") { "" } else { "[discovery]\nenable = false\n" };
+        let settings = format!("{alone}[state]\ndirectory = {state:?}\n[log]\nformat = \"json\"\n{settings}");
         let file = folder.join(format!("{name}.toml"));
         std::fs::write(&file, settings).expect("a configuration");
         program.args(["--listen", listen, "--config"]).arg(&file).stderr(Stdio::piped());
