@@ -21,6 +21,30 @@ const PATHS: usize = 20_000;
 /// What a peer that has a gained path needs at most before it tells.
 const NOTICED: Duration = Duration::from_millis(350);
 
+/// After how long without a question those hang up that do.
+const IDLE: Duration = Duration::from_secs(1);
+
+/// What the peers are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Playing {
+    /// They tell what they hold.
+    Telling,
+    /// The same, and they hang up on who does not ask for a while.
+    Closing,
+    /// They tell nothing.
+    Silent,
+}
+
+impl Playing {
+    const ALL: [Self; 3] = [Self::Telling, Self::Closing, Self::Silent];
+
+    /// As it is written in the arguments.
+    pub(crate) fn named(name: &str) -> Self {
+        let is_named = |playing: &Self| format!("{playing:?}") == name;
+        Self::ALL.into_iter().find(is_named).expect("a way to play")
+    }
+}
+
 /// Where each of them is.
 pub(crate) fn address(number: usize) -> Ipv4Addr {
     Ipv4Addr::new(10, 78, 1, u8::try_from(number + 1).expect("few peers"))
@@ -34,10 +58,10 @@ pub(crate) struct Peers {
 }
 
 impl Peers {
-    pub(crate) fn start(there: &Network, daemon: SocketAddr, tell: bool) -> Self {
+    pub(crate) fn start(there: &Network, daemon: SocketAddr, playing: Playing) -> Self {
         let program = std::env::current_exe().expect("this program");
         let mut play = there.command(program.to_str().expect("a plain name"));
-        play.args(["--bench", "--play", &daemon.to_string(), if tell { "telling" } else { "silent" }]);
+        play.args(["--bench", "--play", &daemon.to_string(), &format!("{playing:?}")]);
         let mut process =
             play.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("this program, once more");
         let stdin = process.stdin.take().expect("a pipe");
@@ -71,11 +95,11 @@ impl Drop for Peers {
 }
 
 /// Plays them until the bench has no more to say.
-pub(crate) fn play(daemon: SocketAddr, tell: bool) {
+pub(crate) fn play(daemon: SocketAddr, playing: Playing) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let _inside = runtime.enter();
     let played: Vec<Arc<Played>> =
-        (0..PEERS).map(|number| runtime.block_on(Played::start(number, tell, daemon))).collect();
+        (0..PEERS).map(|number| runtime.block_on(Played::start(number, playing, daemon))).collect();
     let count = |counter: fn(&Played) -> &AtomicUsize| -> usize {
         played.iter().map(|peer| counter(peer).load(Ordering::Relaxed)).sum()
     };
@@ -93,6 +117,7 @@ pub(crate) fn play(daemon: SocketAddr, tell: bool) {
 
 /// A peer that is played.
 struct Played {
+    playing: Playing,
     instance: u64,
     whole: Told,
     gains: watch::Sender<Vec<StorePathHash>>,
@@ -101,7 +126,7 @@ struct Played {
 }
 
 impl Played {
-    async fn start(number: usize, tells: bool, daemon: SocketAddr) -> Arc<Self> {
+    async fn start(number: usize, playing: Playing, daemon: SocketAddr) -> Arc<Self> {
         let address = address(number);
         let listener = tokio::net::TcpListener::bind((address, 0)).await.expect("an address of this host");
         let port = listener.local_addr().expect("bound").port();
@@ -109,6 +134,7 @@ impl Played {
         let hashes: Vec<StorePathHash> = (0..PATHS).map(|_| random_hash()).collect();
         let filter = PathFilter::new(&hashes);
         let peer = Arc::new(Self {
+            playing,
             instance,
             whole: Told { instance, number: 0, gains: Vec::new(), filter },
             gains: watch::Sender::default(),
@@ -118,7 +144,7 @@ impl Played {
         let announce = Message::Announce(Announce {
             port,
             id: Some(format!("{instance:016x}")),
-            features: if tells { vec![FEATURE_HOLDINGS.to_owned()] } else { Vec::new() },
+            features: if playing == Playing::Silent { Vec::new() } else { vec![FEATURE_HOLDINGS.to_owned()] },
             reply: true,
             ..Announce::default()
         });
@@ -148,8 +174,9 @@ impl Played {
         let (mut head, mut buffer) = (Vec::new(), [0; 4096]);
         loop {
             while !head.ends_with(b"\r\n\r\n") {
-                match socket.read(&mut buffer).await {
-                    Ok(read @ 1..) => head.extend_from_slice(&buffer[..read]),
+                let idle = if self.playing == Playing::Closing { IDLE } else { Duration::MAX };
+                match tokio::time::timeout(idle, socket.read(&mut buffer)).await {
+                    Ok(Ok(read @ 1..)) => head.extend_from_slice(&buffer[..read]),
                     _ => return,
                 }
             }
