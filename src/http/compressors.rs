@@ -5,14 +5,22 @@
 //! streams are packed than memory is meant for.
 
 use std::collections::HashMap;
+use std::fmt;
+use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use bytes::Bytes;
+use tokio::sync::Semaphore;
+use tokio::task::spawn_blocking;
+use zstd::bulk::Compressor;
+use zstd::zstd_safe::compress_bound;
 
-/// Streams that are packed at once, for each thread that packs. Most wait for their link; each takes about 2 MB.
+/// Streams that are packed at once, for each thread that packs. Most wait for their link; each takes up to 2 MB.
 const STREAMS: usize = 8;
+/// Pieces of one stream that are packed at the same time, or wait for its link.
+pub(super) const AHEAD: usize = 4;
 /// What is faster by less than this is not worth the work.
 const GAIN: f64 = 1.15;
 /// The speed that was measured counts half when it took so long to pack since, in seconds.
@@ -46,6 +54,8 @@ pub(super) struct Compressors(Arc<Inner>);
 struct Inner {
     threads: usize,
     places: Arc<Semaphore>,
+    /// As many as were ever at work at once.
+    packers: Mutex<Vec<Packer>>,
     state: Mutex<State>,
 }
 
@@ -77,7 +87,7 @@ impl Compressors {
     pub(super) fn new(threads: usize) -> Self {
         // What plain clients ask for by its URL has to be packed all the same.
         let places = Arc::new(Semaphore::new(threads.max(1)));
-        Self(Arc::new(Inner { threads, places, state: Mutex::default() }))
+        Self(Arc::new(Inner { threads, places, packers: Mutex::default(), state: Mutex::default() }))
     }
 
     /// For a peer, over a link that carries so many bytes a second. `None`: the NAR goes as it is, for that is faster.
@@ -88,9 +98,9 @@ impl Compressors {
         if all >= inner.threads * STREAMS {
             return None;
         }
-        // Its share of the threads; one stream alone keeps no more than one busy.
+        // Its share of the threads; one stream alone keeps no more than so many busy.
         let share = inner.threads as f64 * (own + 1) as f64 / (all + 1) as f64;
-        let machine = state.machine.factor(Instant::now()) * share.min((own + 1) as f64);
+        let machine = state.machine.factor(Instant::now()) * share.min(((own + 1) * AHEAD) as f64);
         let level = best(link as f64, machine)?;
         Some(inner.begin(&mut state, asker, level))
     }
@@ -107,6 +117,15 @@ impl Compressors {
 impl Inner {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn packers(&self) -> MutexGuard<'_, Vec<Packer>> {
+        self.packers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn packer(&self) -> io::Result<Packer> {
+        let idle = self.packers().pop();
+        idle.map_or_else(Packer::new, Ok)
     }
 
     fn begin(self: &Arc<Self>, state: &mut State, asker: IpAddr, level: Level) -> Packing {
@@ -154,18 +173,47 @@ fn best(link: f64, machine: f64) -> Option<Level> {
 }
 
 impl Packing {
-    pub(super) fn level(&self) -> i32 {
-        self.level.level
+    /// Packs some bytes into a frame of zstd, as soon as a thread may. `None`: the daemon stops.
+    pub(super) async fn pack(&self, bytes: Bytes) -> Option<io::Result<Bytes>> {
+        let place = Arc::clone(&self.inner.places).acquire_owned().await.ok()?;
+        let (inner, level) = (Arc::clone(&self.inner), self.level);
+        let packing = spawn_blocking(move || {
+            let mut packer = inner.packer()?;
+            let began = Instant::now();
+            let frame = packer.pack(level.level, &bytes)?;
+            inner.state().machine.packed(level, bytes.len(), began.elapsed(), Instant::now());
+            inner.packers().push(packer);
+            drop(place);
+            Ok(frame)
+        });
+        packing.await.ok()
+    }
+}
+
+/// What one thread packs with.
+struct Packer {
+    compressor: Compressor<'static>,
+    frame: Vec<u8>,
+}
+
+impl Packer {
+    fn new() -> io::Result<Self> {
+        Ok(Self { compressor: Compressor::new(USUAL.level)?, frame: Vec::new() })
     }
 
-    /// Waits until a thread may pack for it. `None` never happens while the daemon runs.
-    pub(super) async fn place(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.inner.places).acquire_owned().await.ok()
+    fn pack(&mut self, level: i32, bytes: &[u8]) -> io::Result<Bytes> {
+        self.compressor.set_compression_level(level)?;
+        self.frame.clear();
+        self.frame.reserve(compress_bound(bytes.len()));
+        self.compressor.compress_to_buffer(bytes, &mut self.frame)?;
+        // Copied, so that it takes no more memory than it is long.
+        Ok(Bytes::copy_from_slice(&self.frame))
     }
+}
 
-    /// So many bytes of a NAR were packed in this time.
-    pub(super) fn packed(&self, bytes: usize, took: Duration) {
-        self.inner.state().machine.packed(self.level, bytes, took, Instant::now());
+impl fmt::Debug for Packer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Packer").finish_non_exhaustive()
     }
 }
 
