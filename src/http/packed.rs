@@ -18,7 +18,7 @@ use thiserror::Error;
 use super::compressors::{AHEAD, Packing};
 use crate::metrics::HttpMetrics;
 
-/// A piece has as many bytes as this at least, but for the last one: with fewer zstd finds less to refer to.
+/// The longest piece, in bytes: more would do little for the size, and less would cost some of it.
 const PIECE: usize = 256 * 1024;
 /// The longest block of zstd, in bytes.
 const BLOCK: usize = 128 * 1024;
@@ -99,7 +99,7 @@ impl<S: Stream<Item = Result<Bytes, PackError>> + Unpin> Stream for Announced<S>
     }
 }
 
-/// The same bytes in pieces, none much shorter than [`PIECE`] but for the last one.
+/// The same bytes in pieces, none shorter than half of [`PIECE`] but for the last one.
 struct Pieces<S> {
     source: S,
     gathered: BytesMut,
@@ -110,18 +110,12 @@ impl<S: Stream<Item = Result<Bytes, PackError>> + Unpin> Stream for Pieces<S> {
     type Item = Result<Bytes, PackError>;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        while !self.is_over {
+        while !self.is_over && self.gathered.len() < PIECE {
             match ready!(self.source.poll_next_unpin(context)) {
-                Some(Ok(chunk)) if self.gathered.is_empty() && chunk.len() >= PIECE / 2 => {
+                Some(Ok(chunk)) if self.gathered.is_empty() && (PIECE / 2..=PIECE).contains(&chunk.len()) => {
                     return Poll::Ready(Some(Ok(chunk)));
                 }
-                Some(Ok(chunk)) => {
-                    self.gathered.reserve(PIECE.max(chunk.len()));
-                    self.gathered.extend_from_slice(&chunk);
-                    if self.gathered.len() >= PIECE / 2 {
-                        break;
-                    }
-                }
+                Some(Ok(chunk)) => self.gathered.extend_from_slice(&chunk),
                 Some(Err(error)) => {
                     self.is_over = true;
                     self.gathered.clear();
@@ -130,7 +124,8 @@ impl<S: Stream<Item = Result<Bytes, PackError>> + Unpin> Stream for Pieces<S> {
                 None => self.is_over = true,
             }
         }
-        let gathered = self.gathered.split().freeze();
+        let len = self.gathered.len().min(PIECE);
+        let gathered = self.gathered.split_to(len).freeze();
         Poll::Ready((!gathered.is_empty()).then_some(Ok(gathered)))
     }
 }

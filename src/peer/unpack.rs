@@ -49,6 +49,10 @@ impl Unpacker {
             self.input.advance(read);
             self.is_whole = to_come == 0;
             self.is_full = !self.is_whole && self.piece.len() == self.piece.capacity();
+            if self.piece.len() >= PIECE / 2 {
+                let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
+                return Ok(Some(piece.into()));
+            }
             if !self.piece.is_empty() {
                 // Copied, so that a short piece takes no more memory than it is long.
                 return Ok(Some(Bytes::copy_from_slice(&self.piece)));
