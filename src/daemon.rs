@@ -30,7 +30,7 @@ const GAINS: usize = 4096;
 const _: () = assert!(KEPT_GAINS == MAX_GAINS);
 /// How long Nix may take to tell its version.
 const VERSION_TIME: Duration = Duration::from_secs(5);
-/// How long what is asked of Nix besides waits for the first `nix-store` to answer.
+/// How long what is asked of Nix besides waits for what the first request needs.
 const GREETING_TIME: Duration = Duration::from_millis(500);
 /// How long whoever reads a download may take to notice that its connection is gone.
 const LEAVE_TIME: Duration = Duration::from_secs(1);
@@ -121,9 +121,9 @@ impl Daemon {
         let resolver = Resolver::new(parts, &config.resolve, &config.cache);
         let mut followers = JoinSet::new();
         let nix_version = tell_nix_version(peers.clone(), config.store.nix_store.clone());
-        followers.spawn(after_greeting(store.state(), nix_version));
+        followers.spawn(after_first_answer(store.clone(), nix_version));
         let nix_keys = trust.clone().follow_nix(signer.public_keys());
-        followers.spawn(after_greeting(store.state(), nix_keys));
+        followers.spawn(after_first_answer(store.clone(), nix_keys));
         followers.spawn(resolver.clone().follow_news());
         followers.spawn(resolver.clone().sweep());
         let server = Server::new(resolver, &config.http, &config.limits, metrics);
@@ -233,12 +233,16 @@ fn peers(
     Ok(Peers::new(&config.discovery, &config.peer, &config.http.allow, own, listening, metrics))
 }
 
-/// Does it when the first `nix-store` answers or can't be started: other programs of Nix that start at the same moment would
-/// take the processors from the one that the first request waits for.
-async fn after_greeting(mut state: watch::Receiver<StoreState>, then: impl Future<Output = ()>) {
-    let greeted = state.wait_for(|state| !matches!(state, StoreState::Starting));
+/// Does it when the first `nix-store` answers or can't be started, and the names in the store are read: other programs of Nix that
+/// start at the same moment would take the processors from what the first request waits for.
+async fn after_first_answer(store: Store, then: impl Future<Output = ()>) {
+    let mut state = store.state();
+    let may_answer = async move {
+        let _ = state.wait_for(|state| !matches!(state, StoreState::Starting)).await;
+        store.names_read().await;
+    };
     // However slow it is: the keys that Nix trusts are waited for too.
-    let _ = tokio::time::timeout(GREETING_TIME, greeted).await.map(drop);
+    let _ = tokio::time::timeout(GREETING_TIME, may_answer).await;
     then.await;
 }
 

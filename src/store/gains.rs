@@ -27,6 +27,12 @@ impl Gains {
         self.number += 1;
     }
 
+    /// So many came, of which none is kept: who knows an older state has to be told everything.
+    pub(super) fn skip(&mut self, count: usize) {
+        self.kept.clear();
+        self.number += count as u64;
+    }
+
     /// The number of the last one.
     pub(super) fn number(&self) -> u64 {
         self.number
@@ -63,5 +69,10 @@ mod tests {
         );
         assert_eq!(gains.since(10).map(|all| all.len()), Some(KEPT_GAINS));
         assert_eq!((gains.since(9), gains.since(KEPT_GAINS as u64 + 11)), (None, None));
+        gains.skip(2);
+        let latest = KEPT_GAINS as u64 + 12;
+        assert_eq!((gains.since(latest - 1), gains.since(latest)), (None, Some(Vec::new())));
+        gains.add(hash(1));
+        assert_eq!((gains.since(latest), gains.number()), (Some(vec![hash(1)]), latest + 1));
     }
 }

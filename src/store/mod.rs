@@ -13,6 +13,8 @@ mod known;
 mod lease_holder;
 mod lease_office;
 mod leases;
+mod name_events;
+mod name_map;
 mod names;
 mod nar_chunks;
 mod nar_copies;
@@ -146,11 +148,12 @@ impl Store {
         }
         let store_dir = StoreDir::default();
         let names = Arc::new(Names::new(directory, metrics.clone(), gained));
+        // The process first: its start takes longer than the scan, which runs beside it, and the first answer needs both.
+        let (leases, task) = lease_office::open(options.clone(), store_dir.clone(), metrics.clone());
         let (follow, sweep) = (Arc::clone(&names).follow(), copies.clone().sweep());
         let follower = tokio::spawn(async move {
             tokio::join!(follow, sweep);
         });
-        let (leases, task) = lease_office::open(options.clone(), store_dir.clone(), metrics.clone());
         let known = KnownPaths::new(options.remember.as_u64());
         let pool = BufferPool::default();
         let weigh =
@@ -176,6 +179,11 @@ impl Store {
     #[must_use]
     pub fn is_there(&self) -> bool {
         self.0.options.directory().is_dir()
+    }
+
+    /// Waits until the names in the store directory were read once, or can't be.
+    pub async fn names_read(&self) {
+        self.0.names.read_once().await;
     }
 
     /// The hash parts of all that may be here, and the number of the last gain among them. `None`: it can't be told.
@@ -240,7 +248,21 @@ impl Store {
     }
 
     async fn ask(&self, hash: &StorePathHash) -> Result<Option<Arc<KnownPath>>, StoreError> {
+        // A hint is worth a question: nothing is believed of it that is not found valid.
+        if let Some(path) = self.0.names.find_early(hash).await
+            && let Some(known) = self.ask_for(hash, path).await?
+        {
+            return Ok(Some(known));
+        }
         let Some(path) = self.0.names.find(hash).await else { return Ok(None) };
+        self.ask_for(hash, path).await
+    }
+
+    async fn ask_for(
+        &self,
+        hash: &StorePathHash,
+        path: StorePath,
+    ) -> Result<Option<Arc<KnownPath>>, StoreError> {
         let real = self.0.options.directory().join(path.to_basename());
         let Some((info, _lease, mark)) = self.0.leases.ask(path).await? else { return Ok(None) };
         // After the lease: what lies there now is what was found valid.

@@ -2,23 +2,20 @@
 //!
 //! A name is no proof that a path is valid, but a path that has no name is not there. The directory is watched, and
 //! before any answer the events that wait are taken in: a path is found from the moment in which it appears. Lost
-//! events, or no watch at all, lead to a scan of the directory.
+//! events, or no watch at all, lead to a scan of the directory; a name that is known while that runs is a hint.
 
-use std::collections::HashMap;
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant, SystemTime};
 
-use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
-
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use super::gains::Gains;
+use super::name_events::{Change, waiting_events, wakes, watch_directory};
+use super::name_map::{NameMap, read_names};
 use crate::metrics::StoreMetrics;
 use crate::nix::{StorePath, StorePathHash};
 
@@ -36,8 +33,8 @@ const LOOK_PERIOD: Duration = Duration::from_secs(60);
 pub(super) struct Names {
     directory: PathBuf,
     metrics: StoreMetrics,
-    /// A path and its `.lock` share a hash part, so there may be several names; mostly there is one.
-    names: RwLock<HashMap<StorePathHash, Vec<Box<str>>>>,
+    /// Of the first scan what was read so far, while it runs.
+    names: RwLock<NameMap>,
     watch: Mutex<Watch>,
     /// Told of paths that have come; a queue that is full loses some, and nobody waits.
     gained: mpsc::Sender<StorePathHash>,
@@ -45,8 +42,10 @@ pub(super) struct Names {
     gains: Mutex<Gains>,
     /// The number of the last one.
     latest: watch::Sender<u64>,
-    /// One scan at a time.
-    scanning: tokio::sync::Mutex<()>,
+    /// One scan at a time. The scan itself holds it: whoever waited for it may leave.
+    scanning: Arc<tokio::sync::Mutex<()>>,
+    /// Changes whenever the first scan has read some more.
+    batches: watch::Sender<()>,
 }
 
 #[derive(Debug, Default)]
@@ -59,12 +58,6 @@ struct Watch {
     failed: Option<Instant>,
 }
 
-/// What an event says of a name.
-enum Change {
-    Appeared(StorePath),
-    Disappeared(StorePath),
-}
-
 impl Names {
     /// Nothing is read yet: the first question, or [`Names::follow`], does.
     pub(super) fn new(
@@ -73,9 +66,33 @@ impl Names {
         gained: mpsc::Sender<StorePathHash>,
     ) -> Self {
         let watch = Mutex::new(Watch { stale: true, ..Watch::default() });
-        let (names, scanning) = (RwLock::default(), tokio::sync::Mutex::default());
-        let (gains, latest) = (Mutex::default(), watch::Sender::default());
-        Self { directory, metrics, names, watch, gained, gains, latest, scanning }
+        let (names, scanning) = (RwLock::default(), Arc::default());
+        let (gains, latest, batches) = (Mutex::default(), watch::Sender::default(), watch::Sender::default());
+        Self { directory, metrics, names, watch, gained, gains, latest, scanning, batches }
+    }
+
+    /// A name for this hash part as soon as one is known while the directory is read: it may be gone, or another one may be the
+    /// path's. `None`: there is no scan, or it has ended; ask [`Names::find`].
+    pub(super) async fn find_early(self: &Arc<Self>, hash: &StorePathHash) -> Option<StorePath> {
+        if !self.take_in_events() {
+            return None;
+        }
+        let mut batches = self.batches.subscribe();
+        let known = async {
+            loop {
+                // A lock's path may be about to be read.
+                if let Some(path) = self.get(hash).filter(|path| !path.name().ends_with(".lock")) {
+                    return Some(path);
+                }
+                batches.changed().await.ok()?;
+            }
+        };
+        tokio::select! {
+            // First, so that it is begun in any case.
+            biased;
+            () = self.scan() => None,
+            known = known => known,
+        }
     }
 
     /// The store path with this hash part, if the directory has such a name.
@@ -87,11 +104,18 @@ impl Names {
         self.get(hash)
     }
 
+    /// Waits for the end of the first scan.
+    pub(super) async fn read_once(self: &Arc<Self>) {
+        if self.watch().scanned.is_none() {
+            self.scan().await;
+        }
+    }
+
     /// Whether the directory has no such name. False also where only a scan could tell.
     pub(super) fn lacks(&self, hash: &StorePathHash) -> bool {
         // After a scan that failed nothing is scanned for a while, which is no answer: the names may be old, or none yet.
         let can_tell = !self.take_in_events() && !self.watch().stale;
-        can_tell && !self.names.read().unwrap_or_else(PoisonError::into_inner).contains_key(hash)
+        can_tell && !self.names().contains(hash)
     }
 
     /// The hash parts of all names, and the number of the last gain among them. `None`: the directory was never read.
@@ -100,9 +124,9 @@ impl Names {
             self.scan().await;
         }
         self.watch().scanned?;
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
+        let names = self.names();
         let number = self.gains().number();
-        Some((names.keys().copied().collect(), number))
+        Some((names.hashes().copied().collect(), number))
     }
 
     /// What came after the gain with this number, and the number of the last one. `None`: nobody knows any more.
@@ -148,10 +172,17 @@ impl Names {
     }
 
     fn get(&self, hash: &StorePathHash) -> Option<StorePath> {
-        let names = self.names.read().unwrap_or_else(PoisonError::into_inner);
-        // The shortest is the path; the longer ones are its lock and its like.
-        let name = names.get(hash)?.iter().min_by_key(|name| name.len())?;
+        let names = self.names();
+        let name = names.shortest(hash)?;
         StorePath::from_basename(format!("{hash}-{name}").as_bytes()).ok()
+    }
+
+    fn names(&self) -> RwLockReadGuard<'_, NameMap> {
+        self.names.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn names_to_change(&self) -> RwLockWriteGuard<'_, NameMap> {
+        self.names.write().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn gains(&self) -> MutexGuard<'_, Gains> {
@@ -191,20 +222,12 @@ impl Names {
         if changes.is_empty() {
             return;
         }
-        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
+        let mut names = self.names_to_change();
         for change in changes {
             self.tell(&change);
             match change {
-                Change::Appeared(path) => insert(&mut names, &path),
-                Change::Disappeared(path) => {
-                    let hash = StorePathHash::of(&path);
-                    if let Some(there) = names.get_mut(&hash) {
-                        there.retain(|name| **name != *path.name());
-                        if there.is_empty() {
-                            names.remove(&hash);
-                        }
-                    }
-                }
+                Change::Appeared(path) => names.insert(&path),
+                Change::Disappeared(path) => names.remove(&path),
             }
         }
         self.metrics.names.set(names.len() as i64);
@@ -223,9 +246,9 @@ impl Names {
         }
     }
 
-    /// Reads the directory whole, once however many ask at the same time.
+    /// Reads the directory whole, once however many ask at the same time. Goes on where it is dropped midway.
     async fn scan(self: &Arc<Self>) {
-        let _one = self.scanning.lock().await;
+        let one = Arc::clone(&self.scanning).lock_owned().await;
         {
             let watch = self.watch();
             if !watch.stale && !self.is_newer_than(watch.scanned) {
@@ -234,7 +257,11 @@ impl Names {
         }
         let names = Arc::clone(self);
         // Panics are the only way in which it fails, and there are none to be had.
-        let _ = tokio::task::spawn_blocking(move || names.scan_now()).await;
+        let _ = tokio::task::spawn_blocking(move || {
+            names.scan_now();
+            drop(one);
+        })
+        .await;
     }
 
     fn scan_now(&self) {
@@ -246,30 +273,42 @@ impl Names {
             })
             .ok();
         let modified = modified(&self.directory);
-        let fresh = match read_names(&self.directory) {
-            Ok(fresh) => fresh,
-            Err(error) => {
-                let directory = self.directory.display();
-                tracing::warn!(%directory, %error, "the store can't be read; what was known of it stays, and it is tried again");
-                self.watch().failed = Some(Instant::now());
-                return;
+        let is_first = self.watch().scanned.is_none();
+        let mut fresh = NameMap::default();
+        let read = read_names(&self.directory, |batch| {
+            if is_first {
+                let mut names = self.names_to_change();
+                batch.iter().for_each(|path| names.insert(path));
+                drop(names);
+                self.batches.send_replace(());
+            } else {
+                // What is known stays until all is read.
+                batch.iter().for_each(|path| fresh.insert(path));
             }
-        };
-        let mut watch = self.watch();
-        self.metrics.scans.inc();
-        self.metrics.names.set(fresh.len() as i64);
-        let mut names = self.names.write().unwrap_or_else(PoisonError::into_inner);
-        // What came and no event told of; a hash part that was there as a lock may be a path by now.
-        let came = fresh.iter().filter(|(hash, now)| {
-            names.get(hash).is_none_or(|before| now.iter().any(|name| !before.contains(name)))
         });
-        for (hash, _) in came {
-            self.gains().add(*hash);
-            if watch.scanned.is_some() {
+        if let Err(error) = read {
+            let directory = self.directory.display();
+            tracing::warn!(%directory, %error, "the store can't be read; what was known of it stays, and it is tried again");
+            if is_first {
+                *self.names_to_change() = NameMap::default();
+            }
+            self.watch().failed = Some(Instant::now());
+            return;
+        }
+        let mut watch = self.watch();
+        let mut names = self.names_to_change();
+        if is_first {
+            self.gains().skip(names.len());
+        } else {
+            // What came and no event told of; a hash part that was there as a lock may be a path by now.
+            for hash in fresh.came_since(&names) {
+                self.gains().add(*hash);
                 let _ = self.gained.try_send(*hash);
             }
+            *names = fresh;
         }
-        *names = fresh;
+        self.metrics.scans.inc();
+        self.metrics.names.set(names.len() as i64);
         drop(names);
         self.latest.send_replace(self.gains().number());
         *watch = Watch {
@@ -290,102 +329,8 @@ impl Names {
     }
 }
 
-/// The events that waited.
-#[derive(Default)]
-struct Events {
-    changes: Vec<Change>,
-    /// Whether there were any, also such as say nothing of a path.
-    any: bool,
-    /// Whether some were lost, or the directory itself went away.
-    lost: bool,
-}
-
-/// Wakes who waits for events.
-#[expect(deprecated, reason = "an owned descriptor stays what it is; what is to be used instead is unsafe")]
-fn wakes(inotify: Arc<OwnedFd>) -> Option<AsyncFd<Arc<OwnedFd>>> {
-    AsyncFd::with_interest(inotify, Interest::READABLE).ok()
-}
-
-fn waiting_events(inotify: &OwnedFd) -> Events {
-    let gone = ReadFlags::QUEUE_OVERFLOW
-        | ReadFlags::IGNORED
-        | ReadFlags::DELETE_SELF
-        | ReadFlags::MOVE_SELF
-        | ReadFlags::UNMOUNT;
-    let mut buffer = [MaybeUninit::uninit(); 16 * 1024];
-    let mut reader = inotify::Reader::new(inotify, &mut buffer);
-    let mut events = Events::default();
-    loop {
-        match reader.next() {
-            Ok(event) => {
-                events.any = true;
-                events.lost |= event.events().intersects(gone);
-                events.changes.extend(change(event.events(), event.file_name()));
-            }
-            Err(rustix::io::Errno::WOULDBLOCK) => return events,
-            Err(rustix::io::Errno::INTR) => {}
-            Err(_) => {
-                events.lost = true;
-                return events;
-            }
-        }
-    }
-}
-
-/// The names in the directory. One that is not there has none; one that can't be read is an error.
-fn read_names(directory: &Path) -> std::io::Result<HashMap<StorePathHash, Vec<Box<str>>>> {
-    let mut names = HashMap::new();
-    let entries = match std::fs::read_dir(directory) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(names),
-        Err(error) => return Err(error),
-    };
-    for entry in entries {
-        if let Some(path) = entry?.file_name().to_str().and_then(basename) {
-            insert(&mut names, &path);
-        }
-    }
-    Ok(names)
-}
-
-fn insert(names: &mut HashMap<StorePathHash, Vec<Box<str>>>, path: &StorePath) {
-    let there = names.entry(StorePathHash::of(path)).or_insert_with(|| Vec::with_capacity(1));
-    if !there.iter().any(|name| **name == *path.name()) {
-        there.push(path.name().into());
-    }
-}
-
-fn change(events: ReadFlags, name: Option<&std::ffi::CStr>) -> Option<Change> {
-    let path = basename(name?.to_str().ok()?)?;
-    if events.intersects(ReadFlags::CREATE | ReadFlags::MOVED_TO) {
-        Some(Change::Appeared(path))
-    } else if events.intersects(ReadFlags::DELETE | ReadFlags::MOVED_FROM) {
-        Some(Change::Disappeared(path))
-    } else {
-        None
-    }
-}
-
-/// `.links`, temporary files and the like are no store paths.
-fn basename(name: &str) -> Option<StorePath> {
-    StorePath::from_basename(name.as_bytes()).ok()
-}
-
 fn modified(directory: &Path) -> Option<SystemTime> {
     std::fs::metadata(directory).and_then(|meta| meta.modified()).ok()
-}
-
-fn watch_directory(directory: &Path) -> rustix::io::Result<OwnedFd> {
-    let inotify = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
-    let what = WatchFlags::CREATE
-        | WatchFlags::MOVED_TO
-        | WatchFlags::DELETE
-        | WatchFlags::MOVED_FROM
-        | WatchFlags::DELETE_SELF
-        | WatchFlags::MOVE_SELF
-        | WatchFlags::ONLYDIR;
-    inotify::add_watch(&inotify, directory, what)?;
-    Ok(inotify)
 }
 
 #[cfg(test)]
@@ -427,6 +372,40 @@ mod tests {
         }
         told.close();
         assert!(told.recv().await.is_some());
+    }
+
+    #[tokio::test]
+    async fn a_name_is_a_hint_as_soon_as_it_was_read_and_a_miss_waits_for_the_end() {
+        let folder = tempfile::tempdir().unwrap();
+        let hash = |digit: &str| StorePathHash::parse(digit.repeat(32).as_bytes()).unwrap();
+        let path = |name: &str| StorePath::from_basename(name.as_bytes()).unwrap();
+        let names = Arc::new(Names::new(folder.path().to_owned(), Metrics::new().store, mpsc::channel(1).0));
+        // A scan that has begun and is not at its end.
+        let scan = Arc::clone(&names.scanning).lock_owned().await;
+        let read = |name: &str| {
+            names.names_to_change().insert(&path(&format!("{}-{name}", "0".repeat(32))));
+            names.batches.send_replace(());
+        };
+        let (zero, one) = (hash("0"), hash("1"));
+        let (mut hit, mut miss) = (Box::pin(names.find_early(&zero)), Box::pin(names.find_early(&one)));
+        assert!(waits(&mut hit).await && waits(&mut miss).await);
+        read("text.lock");
+        assert!(waits(&mut hit).await);
+        read("text");
+        assert_eq!(hit.await.unwrap().name(), "text");
+        assert!(waits(&mut miss).await && !names.lacks(&one) && !names.lacks(&zero));
+        drop(scan);
+        // What is there really is read now.
+        assert!(miss.await.is_none() && names.lacks(&one));
+        // No scan is under way: there is nothing to be had early.
+        assert!(names.find_early(&zero).await.is_none());
+    }
+
+    async fn waits(future: &mut (impl Future + Unpin)) -> bool {
+        std::future::poll_fn(|context| {
+            std::task::Poll::Ready(std::pin::Pin::new(&mut *future).poll(context).is_pending())
+        })
+        .await
     }
 
     #[tokio::test]
