@@ -27,6 +27,9 @@ use crate::resolve::Resolver;
 /// How long accepting pauses when the system gives no more descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const TIDY_PERIOD: Duration = Duration::from_secs(60);
+/// How much of an answer may wait for the socket before more of it is asked for, in bytes: half of a NAR's chunk. With less,
+/// the next chunk comes too late for a client that reads.
+const BUFFERED: usize = 128 * 1024;
 
 /// An address can't be listened on.
 #[derive(Debug, Error)]
@@ -217,10 +220,7 @@ async fn serve(
         let (app, client, activity) = (Arc::clone(&app), Arc::clone(&client), Arc::clone(&noted));
         async move { Ok::<_, std::convert::Infallible>(app.answer(request, &client, activity).await) }
     });
-    let mut http = http1::Builder::new();
-    let header_size = usize::try_from(limits.header_size.as_u64()).unwrap_or(usize::MAX);
-    http.max_header_size(header_size).header_read_timeout(None).half_close(false);
-    let connection = http.serve_connection(io, service);
+    let connection = protocol(limits).serve_connection(io, service);
     tokio::pin!(connection);
     let shortest = limits.header_time.min(limits.idle_time);
     let mut watchdog = interval((shortest / 4).clamp(Duration::from_millis(25), Duration::from_secs(1)));
@@ -243,5 +243,53 @@ async fn serve(
                 connection.as_mut().graceful_shutdown();
             }
         }
+    }
+}
+
+fn protocol(limits: &Limits) -> http1::Builder {
+    let header_size = usize::try_from(limits.header_size.as_u64()).unwrap_or(usize::MAX);
+    let mut http = http1::Builder::new();
+    http.max_header_size(header_size).header_read_timeout(None).half_close(false);
+    // hyper's own is 408 KiB. A client that stops reading holds all of it, and the chunk that was asked for last.
+    http.max_buf_size(header_size.max(BUFFERED));
+    http
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use axum::body::Body;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_client_that_stops_reading_holds_one_chunk() {
+        const CHUNK: usize = 256 * 1024;
+        let (client, server) = tokio::io::duplex(CHUNK / 4);
+        let given = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&given);
+        let service = service_fn(move |_| {
+            let counted = Arc::clone(&counted);
+            let chunks = futures_util::stream::repeat_with(move || {
+                counted.fetch_add(1, Ordering::Relaxed);
+                Ok::<_, std::convert::Infallible>(vec![0; CHUNK])
+            });
+            async {
+                Ok::<_, std::convert::Infallible>(axum::response::Response::new(Body::from_stream(chunks)))
+            }
+        });
+        let limits = Limits::default();
+        let connection = tokio::spawn(protocol(&limits).serve_connection(TokioIo::new(server), service));
+        let (mut reading, mut writing) = tokio::io::split(client);
+        writing.write_all(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n").await.unwrap();
+        let mut head = [0; 12];
+        reading.read_exact(&mut head).await.unwrap();
+        assert_eq!(&head, b"HTTP/1.1 200");
+        // One thread: when this goes on, the connection waits for the client.
+        tokio::task::yield_now().await;
+        assert_eq!(given.load(Ordering::Relaxed), 1);
+        connection.abort();
     }
 }
