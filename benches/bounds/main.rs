@@ -40,10 +40,8 @@ const SLOW: usize = 100;
 const ROUNDS: usize = 3;
 /// A NAR's chunk as the store reads it, `CHUNK` in src/store/buffers.rs.
 const CHUNK_KIB: f64 = 256.0;
-/// What a reader that stops holds of a NAR of small files at most: the chunk that is being sent and, where less than half of that is left,
-/// the next one; one that was read ahead before anybody could know that it stops; and its part of those that all readers
-/// together may read ahead, `READ_AHEAD` in src/store/buffers.rs.
-const STOPPED_CHUNKS: f64 = 3.0 + 32.0 / SLOW as f64;
+/// Descriptors that a connection counts for in src/http/gate.rs.
+const DESCRIPTORS: f64 = 5.0;
 /// Until memory says what stays.
 const SETTLE: Duration = Duration::from_secs(2);
 
@@ -174,10 +172,15 @@ fn slow(folder: &Path, table: &mut Table, connection: f64) {
     let store = Store::new(folder, "slow");
     let file = store.add_file("file", 1 << 30);
     let files = store.add_files("files", 20_000, 16 * 1024);
+    let small = store.add_files("small", 20_000, 2 * 1024);
+    let middling = store.add_files("middling", 100, 66_000);
     // What is in memory as one long file is sent by the kernel, and holds no chunk.
-    for (what, path, chunks) in
-        [("a file of 1 GiB", &file, 1.0), ("20,000 files of 16 KiB", &files, STOPPED_CHUNKS)]
-    {
+    for (what, path) in [
+        ("a file of 1 GiB", &file),
+        ("20,000 files of 16 KiB", &files),
+        ("20,000 files of 2 KiB", &small),
+        ("100 files of 66,000 bytes", &middling),
+    ] {
         let daemon = Served::start(folder, "slow", &store, None);
         // The first one finds what no other has to.
         let read = |clients: &mut Vec<connection::Client>| {
@@ -189,12 +192,14 @@ fn slow(folder: &Path, table: &mut Table, connection: f64) {
         let mut clients = Vec::new();
         read(&mut clients);
         std::thread::sleep(SETTLE);
-        let before = daemon.kib("VmRSS");
+        let (before, open_before) = (daemon.kib("VmRSS"), daemon.descriptors());
         (0..SLOW).for_each(|_| read(&mut clients));
         std::thread::sleep(SETTLE);
         let each = (daemon.kib("VmRSS") - before) / SLOW as f64;
-        let label = format!("each of 100 readers that stopped, {what}, KiB");
-        table.add(&label, &[each], Wanted::AtMost(chunks * CHUNK_KIB + connection));
+        let label = format!("resident memory of each of 100 readers that stopped, {what}, KiB");
+        table.add(&label, &[each], Wanted::AtMost(CHUNK_KIB + connection));
+        let each = (daemon.descriptors() - open_before) as f64 / SLOW as f64;
+        table.add(&format!("descriptors of each, {what}"), &[each], Wanted::AtMost(DESCRIPTORS));
     }
 }
 

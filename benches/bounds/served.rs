@@ -44,6 +44,10 @@ impl Served {
         line.and_then(|line| line.trim().strip_suffix(" kB")?.parse().ok()).expect("kB")
     }
 
+    pub(crate) fn descriptors(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/fd", self.daemon.0.id())).map_or(0, Iterator::count)
+    }
+
     pub(crate) fn mb(&self, field: &str) -> f64 {
         self.kib(field) / KIB_A_MB
     }

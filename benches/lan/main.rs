@@ -200,7 +200,7 @@ impl Lan {
         row("the same asked again, p99, ms", remembered[misses * 99 / 100], Wanted::Anything);
         row("packets sent a miss", traffic.sent[0] / of_all, wanted(Wanted::Below(0.6)));
         row("questions a miss", questions / of_all, Wanted::Anything);
-        row("packets sent a question", traffic.sent[0] / questions, Wanted::Anything);
+        row("packets sent in all, for each question", traffic.sent[0] / questions, Wanted::Anything);
         row("bytes sent a miss", traffic.sent[1] / of_all, Wanted::Anything);
         row("packets received a miss", traffic.received[0] / of_all, Wanted::Anything);
         row("bytes received a miss", traffic.received[1] / of_all, Wanted::Anything);

@@ -134,7 +134,7 @@ impl App {
         client: &Admitted,
     ) -> (Route, Response<Body>) {
         let Some(url) = url else { return self.page(request).await };
-        let answer = match self.files.answer(request.method(), &url, request.headers(), client).await {
+        let answer = match self.files.answer(&request, &url, client).await {
             Ok(answer) => answer,
             Err(refused) => {
                 if let Refused::Failed(error) = &refused {

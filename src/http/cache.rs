@@ -5,11 +5,12 @@ use std::sync::Arc;
 use axum::body::Body;
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt as _};
+use hyper::body::Incoming;
 use hyper::header::{
     ACCEPT_ENCODING, ACCEPT_RANGES, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE, CONTENT_TYPE, ETAG,
     HeaderMap, HeaderValue, IF_RANGE, RANGE, VARY,
 };
-use hyper::{Method, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode, Version};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::answer::{Refused, found};
@@ -25,6 +26,9 @@ use crate::nix::cache_url::{CacheUrl, NarUrl};
 use crate::nix::narinfo::FileForm;
 use crate::resolve::{LINK_HEADER, LocalNar, Nar, PEER_HEADER, RelayedNar, Resolver, Scope};
 
+/// What the log says of a NAR that broke off on its way, and of one that comes from a peer.
+const CUT: &str = "a NAR was cut short; the client was told by a closed connection";
+const RELAYED_CUT: &str = "a relayed NAR was cut short; the client was told by a closed connection";
 const NARINFO: &str = "text/x-nix-narinfo";
 /// A shorter NAR goes as it is: the way there and back takes longer than its bytes.
 const SHORTEST_PACKED: u64 = 16 * 1024;
@@ -48,7 +52,16 @@ struct Asked<'a> {
     method: &'a Method,
     form: FileForm,
     headers: &'a HeaderMap,
+    version: Version,
     client: &'a Admitted,
+}
+
+impl Asked<'_> {
+    /// Whether the end of a body of unknown length is told in words. It is not before HTTP/1.1: a body that breaks off ends as
+    /// a whole one does there.
+    fn hears_the_end(&self) -> bool {
+        self.version >= Version::HTTP_11
+    }
 }
 
 /// The route that a URL counts under.
@@ -98,19 +111,19 @@ impl CacheFiles {
 
     pub(super) async fn answer(
         &self,
-        method: &Method,
+        request: &Request<Incoming>,
         url: &CacheUrl,
-        headers: &HeaderMap,
         client: &Admitted,
     ) -> Result<Response<Body>, Refused> {
         let (kind, body) = match url {
             CacheUrl::CacheInfo => ("text/x-nix-cache-info", Some(self.cache_info.clone())),
             CacheUrl::NarInfo(hash) => {
+                let headers = request.headers();
                 let (scope, form) = (client.scope(headers), self.form_for(headers));
                 (NARINFO, self.resolver.narinfo(hash, scope, form).await?)
             }
-            CacheUrl::Nar(url) => return self.nar(method, url, FileForm::Plain, headers, client).await,
-            CacheUrl::PackedNar(url) => return self.nar(method, url, FileForm::Zstd, headers, client).await,
+            CacheUrl::Nar(url) => return self.nar(request, url, FileForm::Plain, client).await,
+            CacheUrl::PackedNar(url) => return self.nar(request, url, FileForm::Zstd, client).await,
             CacheUrl::Listing(hash) => {
                 let place = client.heavy_work().await.ok_or(Refused::Busy)?;
                 return whole("application/json", self.resolver.listing(hash).await?, place);
@@ -125,14 +138,14 @@ impl CacheFiles {
 
     async fn nar(
         &self,
-        method: &Method,
+        request: &Request<Incoming>,
         url: &NarUrl,
         form: FileForm,
-        headers: &HeaderMap,
         client: &Admitted,
     ) -> Result<Response<Body>, Refused> {
+        let (method, headers, version) = (request.method(), request.headers(), request.version());
         let scope = client.scope(headers);
-        let asked = Asked { method, form, headers, client };
+        let asked = Asked { method, form, headers, version, client };
         let answer = self.nar_from_anywhere(url, asked, scope).await;
         let is_gone = matches!(answer, Err(Refused::NotFound | Refused::Failed(_)));
         if is_gone && scope == Scope::LocalThenPeers && url.nar_hash.is_some() {
@@ -162,7 +175,7 @@ impl CacheFiles {
     }
 
     async fn local_nar(&self, nar: LocalNar, asked: Asked<'_>) -> Result<Response<Body>, Refused> {
-        let Asked { method, form, headers, client } = asked;
+        let Asked { method, form, headers, client, .. } = asked;
         if form == FileForm::Zstd && method == Method::HEAD {
             return Ok(zstd_answer(Body::empty()));
         }
@@ -177,16 +190,15 @@ impl CacheFiles {
             Wanted::Unsatisfiable => return Err(Refused::Range(len)),
         };
         let packing = match form {
-            FileForm::Zstd => self.compressors.for_client(client.address),
+            FileForm::Zstd => self.packing_for_client(asked),
             FileForm::Plain => self.packing(len, asked),
         };
         if form == FileForm::Zstd || packing.is_some() {
             let place = client.heavy_work().await.ok_or(Refused::Busy)?;
             let stream = nar.stream(0..len).await?;
             drop(place);
-            let stream =
-                self.told_if_cut(stream, "a NAR was cut short; the peer was told by a closed connection");
-            let body = packed(stream, len, packing, &self.metrics);
+            let stream = self.told_if_cut(packed(stream, len, packing, &self.metrics), CUT);
+            let body = Body::from_stream(stream);
             return Ok(if form == FileForm::Zstd { zstd_answer(body) } else { encoded_answer(body, &tag) });
         }
         let body = if method == Method::HEAD {
@@ -222,14 +234,13 @@ impl CacheFiles {
             return Ok(if is_packed { zstd_answer(body) } else { nar_answer(body, len) });
         }
         let stream = nar.open().await.ok_or(Refused::NotFound)?;
-        let what = "a relayed NAR was cut short; the client was told by a closed connection";
-        let stream = self.told_if_cut(stream, what);
         if is_packed {
             // The path was here when its narinfo was given out.
-            let packing = self.compressors.for_client(asked.client.address);
-            return Ok(zstd_answer(packed(stream, len, packing, &self.metrics)));
+            let packing = self.packing_for_client(asked);
+            let stream = self.told_if_cut(packed(stream, len, packing, &self.metrics), RELAYED_CUT);
+            return Ok(zstd_answer(Body::from_stream(stream)));
         }
-        Ok(nar_answer(Body::from_stream(stream), len))
+        Ok(nar_answer(Body::from_stream(self.told_if_cut(stream, RELAYED_CUT)), len))
     }
 
     /// Which file a narinfo names: peers get the plain one, whose bytes are those that are hashed.
@@ -242,13 +253,23 @@ impl CacheFiles {
     fn packing(&self, len: u64, asked: Asked<'_>) -> Option<Packing> {
         let Asked { method, headers, client, .. } = asked;
         let is_peer = headers.contains_key(PEER_HEADER) && !client.address.is_loopback();
-        if !is_peer || method != Method::GET || len < SHORTEST_PACKED || headers.contains_key(RANGE) {
+        if !is_peer
+            || !asked.hears_the_end()
+            || method != Method::GET
+            || len < SHORTEST_PACKED
+            || headers.contains_key(RANGE)
+        {
             return None;
         }
         let text = |name: &str| headers.get(name)?.to_str().ok();
         let accepted = text(ACCEPT_ENCODING.as_str())?;
         accepted.split(',').find(|encoding| encoding.trim() == "zstd")?;
         self.compressors.for_peer(client.address, text(LINK_HEADER)?.parse().ok()?)
+    }
+
+    /// How a NAR is packed whose file is zstd. `None`: in one frame that says how long it is, which breaks off if the body does.
+    fn packing_for_client(&self, asked: Asked<'_>) -> Option<Packing> {
+        asked.hears_the_end().then(|| self.compressors.for_client(asked.client.address)).flatten()
     }
 
     /// The same bytes; a failure is counted, and told in the log.

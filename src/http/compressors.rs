@@ -1,11 +1,11 @@
-//! Whether a NAR is packed on its way to a peer, and how well: what is faster, by the measured speed of link and compressor.
+//! Whether a NAR is packed on its way to a peer, how well, and when: what is faster, by the measured speed of link and
+//! compressor.
 //!
 //! The asker says what the link carries. How fast this machine packs is measured on what it packs; what the levels cost beside
 //! each other was measured once. Knows nothing of NARs. The invariants: no more threads pack than there are places, and no more
 //! streams are packed than memory is meant for.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
-use zstd::bulk::Compressor;
-use zstd::zstd_safe::compress_bound;
 
-/// Streams that are packed at once, for each thread that packs. Most wait for their link; each takes up to 2 MB.
+use super::packer::Packer;
+
+/// Streams that are packed at once, for each thread that packs. Most wait for their link; each takes up to 4 MB.
 const STREAMS: usize = 8;
 /// Pieces of one stream that are packed at the same time, or wait for its link.
 pub(super) const AHEAD: usize = 4;
@@ -187,33 +187,6 @@ impl Packing {
             Ok(frame)
         });
         packing.await.ok()
-    }
-}
-
-/// What one thread packs with.
-struct Packer {
-    compressor: Compressor<'static>,
-    frame: Vec<u8>,
-}
-
-impl Packer {
-    fn new() -> io::Result<Self> {
-        Ok(Self { compressor: Compressor::new(USUAL.level)?, frame: Vec::new() })
-    }
-
-    fn pack(&mut self, level: i32, bytes: &[u8]) -> io::Result<Bytes> {
-        self.compressor.set_compression_level(level)?;
-        self.frame.clear();
-        self.frame.reserve(compress_bound(bytes.len()));
-        self.compressor.compress_to_buffer(bytes, &mut self.frame)?;
-        // Copied, so that it takes no more memory than it is long.
-        Ok(Bytes::copy_from_slice(&self.frame))
-    }
-}
-
-impl fmt::Debug for Packer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Packer").finish_non_exhaustive()
     }
 }
 

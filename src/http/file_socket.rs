@@ -50,6 +50,12 @@ fn stands_in(slice: &[u8]) -> bool {
     !slice.is_empty() && stand_in.contains(&slice.as_ptr())
 }
 
+/// Whether an error says that the client is gone, and nothing of the file.
+fn is_of_the_client(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, TimedOut};
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | NotConnected | TimedOut)
+}
+
 /// A socket that sends files.
 #[derive(Debug)]
 pub(super) struct FileSocket {
@@ -90,7 +96,7 @@ impl FileSocket {
             match sent {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
+                Err(error) if !is_of_the_client(&error) => {
                     self.metrics.nar_cuts.inc();
                     tracing::warn!(%error, "a NAR was cut short; the client was told by a closed connection");
                     return Poll::Ready(Err(error));

@@ -28,6 +28,8 @@ const HEAVY: usize = 8;
 const HEAVY_WAIT: Duration = Duration::from_secs(5);
 /// Connections that are held open with those who get nothing but 403.
 const STRANGERS: usize = 32;
+/// Descriptors of one connection at most: its socket, the directory that it reads, two files that the kernel sends, and the next.
+const DESCRIPTORS: usize = 5;
 /// Descriptors that are kept for listeners, logs, nix-store, the local Nix, copies of NARs and reading ahead.
 const RESERVED_DESCRIPTORS: usize = 320;
 
@@ -129,12 +131,11 @@ impl Gate {
     }
 }
 
-/// As many connections as there are descriptors for: each may need one for its socket and two for files, and the local
-/// Nix needs some too.
+/// As many connections as there are descriptors for; the local Nix needs some too.
 fn affordable(wanted: usize) -> usize {
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     let Some(descriptors) = descriptors.and_then(|limit| usize::try_from(limit).ok()) else { return wanted };
-    let affordable = (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / 3).max(1);
+    let affordable = (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / DESCRIPTORS).max(1);
     if affordable < wanted {
         tracing::warn!(
             affordable,

@@ -15,6 +15,7 @@ mod gate;
 mod nar_body;
 mod options;
 mod packed;
+mod packer;
 mod range;
 mod server;
 

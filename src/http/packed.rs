@@ -2,7 +2,8 @@
 //!
 //! Each piece is a frame of its own, so that several threads may pack one body, and none has to remember what went before. Packs
 //! ahead of the socket by a few pieces, on threads where that may block. The invariant: the end of the body is told in words,
-//! after exactly the bytes that were announced: what breaks off midway, for whatever reason, never looks complete.
+//! after exactly the bytes that were announced: what breaks off midway, for whatever reason, never looks complete. Who is told no
+//! end gets one frame, unpacked, that has its length in front.
 
 use std::error::Error;
 use std::io;
@@ -10,8 +11,8 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
-use axum::body::Body;
 use bytes::{Bytes, BytesMut};
+use futures_util::stream::BoxStream;
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _};
 use thiserror::Error;
 
@@ -25,7 +26,7 @@ const BLOCK: usize = 128 * 1024;
 
 /// Why a body was cut short.
 #[derive(Debug, Error)]
-enum PackError {
+pub(super) enum PackError {
     /// What was to be packed failed.
     #[error("{0}")]
     Source(Box<dyn Error + Send + Sync>),
@@ -40,9 +41,14 @@ enum PackError {
     Stopped,
 }
 
-/// The body of `len` bytes that `source` gives, packed. Without a packing it is a frame of zstd that holds the bytes as they
-/// are, and takes no memory.
-pub(super) fn packed<S, E>(source: S, len: u64, packing: Option<Packing>, metrics: &Arc<HttpMetrics>) -> Body
+/// The `len` bytes that `source` gives, packed. Without a packing they are put into one frame of zstd as they are; it has their
+/// number in front.
+pub(super) fn packed<S, E>(
+    source: S,
+    len: u64,
+    packing: Option<Packing>,
+    metrics: &Arc<HttpMetrics>,
+) -> BoxStream<'static, Result<Bytes, PackError>>
 where
     S: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: Error + Send + Sync + 'static,
@@ -53,11 +59,12 @@ where
     let Some(packing) = packing else {
         let mut stored = Stored { len, has_begun: false };
         let end = futures_util::stream::once(async { Ok(None) });
-        return Body::from_stream(source.map_ok(Some).chain(end).map_ok(move |chunk| {
+        let stored = source.map_ok(Some).chain(end).map_ok(move |chunk| {
             let bytes = stored.step(chunk.as_ref());
             metrics.packed(chunk.map_or(0, |chunk| chunk.len()) as u64, bytes.len() as u64);
             bytes
-        }));
+        });
+        return stored.boxed();
     };
     let packing = Arc::new(packing);
     let frames = Pieces { source, gathered: BytesMut::new(), is_over: false }.map_ok(move |piece| {
@@ -71,7 +78,7 @@ where
         });
         async { task.await.map_err(|_| PackError::Stopped)? }
     });
-    Body::from_stream(frames.try_buffered(AHEAD))
+    frames.try_buffered(AHEAD).boxed()
 }
 
 /// As many bytes as were announced, or an error.
@@ -167,7 +174,6 @@ mod tests {
     use super::*;
     use crate::metrics::Metrics;
     use futures_util::stream;
-    use http_body::Body as _;
     use proptest::prelude::*;
 
     /// What a client gets, and whether it looks complete.
@@ -177,15 +183,15 @@ mod tests {
         packing: Option<Packing>,
     ) -> (Vec<u8>, bool) {
         let source = stream::iter(chunks.into_iter().map(|chunk| chunk.map(Bytes::from)));
-        let mut body = packed(source, len, packing, &Metrics::new().http);
+        let mut packed = packed(source, len, packing, &Metrics::new().http);
         let mut all = Vec::new();
-        loop {
-            match std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
-                Some(Ok(frame)) => all.extend_from_slice(frame.data_ref().unwrap()),
-                Some(Err(_)) => return (all, false),
-                None => return (all, true),
+        while let Some(next) = packed.next().await {
+            match next {
+                Ok(bytes) => all.extend_from_slice(&bytes),
+                Err(_) => return (all, false),
             }
         }
+        (all, true)
     }
 
     fn packing() -> Option<Packing> {
@@ -228,8 +234,32 @@ mod tests {
                 let packing = if stored { None } else { packing() };
                 let (bytes, is_whole) = run(sent(chunks, len, packing));
                 assert!(!is_whole, "stored: {stored}");
-                assert!(zstd::stream::decode_all(&bytes[..]).map_or(0, |all| all.len() as u64) < len);
+                let unpacked = zstd::stream::decode_all(&bytes[..]);
+                // A frame of its own for each piece is whole; who gets those is told the end.
+                assert!(if stored { unpacked.is_err() } else { unpacked.map_or(0, |all| all.len() as u64) <= len });
             }
         }
+    }
+
+    /// Pieces that take very different times, by as many threads as there are.
+    #[test]
+    fn pieces_come_in_their_order_however_many_threads_pack_them() {
+        let noise = |seed: u64, len: usize| {
+            let mut state = seed;
+            let step = || {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                (state >> 33) as u8
+            };
+            std::iter::repeat_with(step).take(len).collect::<Vec<u8>>()
+        };
+        let chunks: Vec<Vec<u8>> = (0..40)
+            .map(|at| if at % 4 == 0 { noise(at, PIECE) } else { vec![at as u8; PIECE / 2] })
+            .collect();
+        let all = chunks.concat();
+        let packing = Compressors::new(4).for_client("10.0.0.1".parse().unwrap());
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+        let given = chunks.into_iter().map(Ok).collect();
+        let (bytes, is_whole) = runtime.block_on(sent(given, all.len() as u64, packing));
+        assert!(is_whole && zstd::stream::decode_all(&bytes[..]).unwrap() == all);
     }
 }

@@ -8,7 +8,7 @@ use std::io;
 use bytes::{Buf as _, Bytes};
 use zstd::stream::raw::{DParameter, Decoder, InBuffer, Operation as _, OutBuffer};
 
-/// How far back a peer's zstd may refer, as a power of two: 1 MiB, which is what peernix sends.
+/// How far back a peer's zstd may refer, as a power of two: 1 MiB, as far as that of any peernix does.
 const LARGEST_WINDOW: u32 = 20;
 /// The longest piece, in bytes.
 const PIECE: usize = 256 * 1024;
@@ -49,7 +49,7 @@ impl Unpacker {
             self.input.advance(read);
             self.is_whole = to_come == 0;
             self.is_full = !self.is_whole && self.piece.len() == self.piece.capacity();
-            if self.piece.len() >= PIECE / 2 {
+            if self.piece.len() >= PIECE / 8 * 7 {
                 let piece = std::mem::replace(&mut self.piece, Vec::with_capacity(PIECE));
                 return Ok(Some(piece.into()));
             }
@@ -123,5 +123,28 @@ mod tests {
         packer.window_log(27).unwrap();
         io::Write::write_all(&mut packer, &zeros).unwrap();
         assert!(unpack(&packer.finish().unwrap(), 4096).is_err());
+    }
+
+    #[test]
+    fn what_is_kept_takes_about_as_much_memory_as_it_is_long() {
+        let mut state = 1u64;
+        let noise = std::iter::repeat_with(|| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            // About as compressible as a program.
+            (state >> 60) as u8
+        });
+        let all: Vec<u8> = noise.take(4 << 20).collect();
+        let packed: Vec<u8> =
+            all.chunks(PIECE).flat_map(|piece| zstd::bulk::compress(piece, 1).unwrap()).collect();
+        for step in [8 * 1024, 64 * 1024] {
+            let (mut unpacker, mut memory) = (Unpacker::new().unwrap(), 0);
+            for part in packed.chunks(step) {
+                unpacker.take(Bytes::copy_from_slice(part));
+                while let Some(piece) = unpacker.piece().unwrap() {
+                    memory += piece.try_into_mut().unwrap().capacity();
+                }
+            }
+            assert!(memory < all.len() * 5 / 4, "step {step}: {memory} for {}", all.len());
+        }
     }
 }

@@ -36,7 +36,7 @@ impl FileSpan {
     where
         F: AsFd + Debug + Send + Sync + 'static,
     {
-        let len = range.end - range.start;
+        let len = range.end.saturating_sub(range.start);
         if len < SHORTEST {
             return None;
         }
@@ -78,4 +78,26 @@ fn is_in_memory(file: impl AsFd, at: u64) -> bool {
     // A file system that can't say is one that has to be waited for.
     let read = rustix::io::preadv2(file, &mut [IoSliceMut::new(&mut byte)], at, ReadWriteFlags::NOWAIT);
     read == Ok(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn spans_leave_no_rest_that_is_too_short_and_a_range_of_nothing_has_none() {
+        let file = tempfile::tempfile().unwrap();
+        let len = 3 * LONG + SHORTEST - 1;
+        std::os::unix::fs::FileExt::write_all_at(&file, &vec![7; len as usize], 0).unwrap();
+        let file = Arc::new(file);
+        let (mut lens, mut at) = (Vec::new(), 0);
+        while let Some(span) = FileSpan::in_memory(&file, at..len) {
+            lens.push(span.len() as u64);
+            at += span.len() as u64;
+        }
+        assert_eq!((lens, at), (vec![LONG, LONG, LONG + SHORTEST - 1], len));
+        #[expect(clippy::reversed_empty_ranges, reason = "what could come of a copy that lost its bytes")]
+        let reversed = LONG..0;
+        assert!(FileSpan::in_memory(&file, reversed).is_none());
+    }
 }

@@ -18,7 +18,8 @@ use tokio::task::{JoinHandle, spawn_blocking};
 use super::buffers::{BufferPool, CHUNK};
 use super::file_span::{FileSpan, SHORTEST};
 use super::nar_copy::CopyFile;
-use super::nar_reader::{NarReadError, NarReader};
+use super::nar_read_error::NarReadError;
+use super::nar_reader::NarReader;
 
 /// Chunks of one NAR that are read at the same time.
 const AT_ONCE: usize = 4;
@@ -32,6 +33,8 @@ pub(super) struct NarChunks {
     tasks: VecDeque<JoinHandle<Filled>>,
     pool: BufferPool,
     copy: Option<CopiedTo>,
+    /// Who reads takes spans, too: then what comes before one is given out by itself.
+    takes_spans: bool,
 }
 
 /// Where each chunk is written to as well, from its place on.
@@ -52,7 +55,7 @@ struct Filled {
 
 impl NarChunks {
     pub(super) fn new(reader: NarReader, pool: BufferPool) -> Self {
-        Self { rest: Some(Box::new(reader)), tasks: VecDeque::new(), pool, copy: None }
+        Self { rest: Some(Box::new(reader)), tasks: VecDeque::new(), pool, copy: None, takes_spans: false }
     }
 
     /// Writes each chunk into the file too, before it is given out.
@@ -72,7 +75,7 @@ impl NarChunks {
             return Poll::Ready(Some(cached));
         }
         if self.tasks.is_empty()
-            && self.copy.is_none()
+            && self.takes_spans
             && let Some(literal) = self.rest.as_mut().and_then(|rest| rest.reach_cached(SHORTEST))
         {
             return Poll::Ready(Some(Ok(literal)));
@@ -101,7 +104,8 @@ impl NarChunks {
 
     /// The next bytes, if they are those of one file, in memory, that need not be read here.
     pub(super) fn span(&mut self) -> Option<FileSpan> {
-        let may_be = self.tasks.is_empty() && self.copy.is_none();
+        self.takes_spans = self.copy.is_none();
+        let may_be = self.tasks.is_empty() && self.takes_spans;
         self.rest.as_mut().filter(|rest| may_be && rest.is_inside_file(SHORTEST))?.span()
     }
 

@@ -1,4 +1,5 @@
-//! The bytes of a NAR, or of a range of it, from the files of its tree. Blocking, and a chunk at a time.
+//! The bytes of a NAR, or of a range of it, from the files of its tree, a chunk at a time. Blocking, but for what says that it
+//! goes on only with what is in memory.
 //!
 //! The layout says what belongs where; each file has to be what it was when it was laid out. What is missing, short or
 //! changed is an error, and never an early end.
@@ -13,36 +14,14 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rustix::fs::ResolveFlags;
 use rustix::io::{Errno, ReadWriteFlags};
-use thiserror::Error;
 
 use super::file_span::FileSpan;
+use super::nar_read_error::NarReadError;
 use super::open_directory::OpenDirectory;
 use crate::nix::layout::{Cursor, FileMeta, NarLayout, Step};
 
 /// Steps to the next file that are looked at ahead of reading.
 const NEAR: usize = 16;
-
-/// Why a NAR can't be read to its end.
-#[derive(Debug, Error)]
-pub enum NarReadError {
-    /// The system refuses; a path that is being deleted shows as missing here.
-    #[error("{path}: {source}")]
-    Io {
-        /// What was read.
-        path: PathBuf,
-        /// What the system says.
-        source: Errno,
-    },
-    /// Not the file any more that was laid out.
-    #[error("{0}: the file changed while its path was served")]
-    Changed(PathBuf),
-    /// The layout came to its end before the range did.
-    #[error("{0}: the NAR is shorter than it was laid out")]
-    Short(PathBuf),
-    /// The runtime shuts down.
-    #[error("reading was stopped")]
-    Stopped,
-}
 
 /// Reads one NAR from front to back.
 #[derive(Debug)]
@@ -457,5 +436,27 @@ mod tests {
         let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
         assert!(matches!(tree::lay_out(folder.path()), Err(tree::TreeError::Kind(_))));
         assert!(matches!(tree::lay_out(&folder.path().join("nothing")), Err(tree::TreeError::Io { .. })));
+    }
+
+    #[test]
+    fn a_file_that_can_not_be_opened_at_once_is_left_to_who_reads_on() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        symlink("target", root.join("a")).unwrap();
+        std::fs::write(root.join("b"), vec![7; 5000]).unwrap();
+        let layout = Arc::new(tree::lay_out(&root).unwrap());
+        let expected = read(&root, &layout, 0..layout.len(), 1000);
+        std::fs::rename(root.join("b"), folder.path().join("away")).unwrap();
+        let mut reader = NarReader::new(root.clone(), Arc::clone(&layout), 0..layout.len());
+        let mut nar = reader.reach_cached(1).unwrap().to_vec();
+        assert!(nar.len() > 100 && expected.starts_with(&nar) && !reader.is_inside_file(1));
+        assert!(reader.reach_cached(1).is_none());
+        // It is back when somebody looks who may wait.
+        std::fs::rename(folder.path().join("away"), root.join("b")).unwrap();
+        let mut buffer = vec![0; expected.len()];
+        let filled = reader.fill(&mut buffer).unwrap();
+        nar.extend_from_slice(&buffer[..filled]);
+        assert!(nar == expected && reader.remaining() == 0);
     }
 }

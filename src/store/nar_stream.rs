@@ -17,7 +17,8 @@ use super::known::KnownPath;
 use super::leases::Lease;
 use super::nar_chunks::NarChunks;
 use super::nar_copy::{CopyReader, Gone};
-use super::nar_reader::{NarReadError, NarReader};
+use super::nar_read_error::NarReadError;
+use super::nar_reader::NarReader;
 use crate::nix::StorePathHash;
 use crate::nix::layout::NarLayout;
 

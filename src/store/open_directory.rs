@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FileType, Mode, OFlags, ResolveFlags};
 
-use super::nar_reader::NarReadError;
+use super::nar_read_error::NarReadError;
 use super::tree::file_meta;
 use crate::nix::layout::FileMeta;
 
