@@ -49,8 +49,8 @@
 //! layout, `store::nar_chunks` several chunks at once where files are small, and `store::nar_stream` makes it a stream that holds the
 //! lease. A NAR of many small files is read once, into a copy that all who ask follow (`store::nar_copies`,
 //! `store::nar_copy`).
-//! Contents that are in memory and long enough are not read at all: the kernel sends them (`store::file_span`,
-//! `http::file_socket`).
+//! Contents that are in memory and long enough are not read at all: their file is opened where the next chunk is asked for, if the
+//! kernel has its name in memory, and the kernel sends them (`store::file_span`, `http::file_socket`).
 //!
 //! ## The way to a peer
 //! `peer::discovery` starts what finds peers: datagrams (`peer::udp`, in the words of `peer::wire`, which peernix in Go speaks

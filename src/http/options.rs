@@ -115,7 +115,7 @@ pub struct Limits {
     /// none, else at least 16 MiB; default 256 MiB.
     pub nar_copies: ByteSize,
     /// Threads that pack NARs as zstd at once: for peers where that is faster than the link, and none of them if this is 0. At most
-    /// 1024, and never more than processors. Default: half of them, since the rest has other work.
+    /// 1024, and never more than processors. Default: half of them, since the rest has other work, or two.
     pub compressors: Option<usize>,
 }
 
@@ -161,7 +161,7 @@ impl Limits {
 
     pub(super) fn compressors(&self) -> usize {
         let processors = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
-        self.compressors.unwrap_or(processors.div_ceil(2)).min(processors)
+        self.compressors.unwrap_or(processors.div_ceil(2).max(2)).min(processors)
     }
 
     pub(super) fn rate(&self) -> Option<NonZeroU32> {

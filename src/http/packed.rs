@@ -236,7 +236,11 @@ mod tests {
                 assert!(!is_whole, "stored: {stored}");
                 let unpacked = zstd::stream::decode_all(&bytes[..]);
                 // A frame of its own for each piece is whole; who gets those is told the end.
-                assert!(if stored { unpacked.is_err() } else { unpacked.map_or(0, |all| all.len() as u64) <= len });
+                assert!(if stored {
+                    unpacked.is_err()
+                } else {
+                    unpacked.map_or(0, |all| all.len() as u64) <= len
+                });
             }
         }
     }
