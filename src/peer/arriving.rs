@@ -11,7 +11,7 @@ use reqwest::Response;
 use reqwest::header::CONTENT_ENCODING;
 use tokio::time::timeout;
 
-use super::client::{FetchError, to_error};
+use super::fetch_error::{FetchError, to_error};
 use super::link::{Form, Link};
 use super::unpack::Unpacker;
 

@@ -12,14 +12,10 @@ use tokio::time::{MissedTickBehavior, interval, sleep};
 use super::client::{HoldingsAnswer, PeerClient};
 use super::path_set::Told;
 use super::record::{Peer, PeerId, Source};
-use super::sets::Sets;
+use super::sets::{ANSWER_TIME, Sets, WAIT};
 use super::wire::FEATURE_HOLDINGS;
 use super::{News, Peers};
 
-/// How long a peer may leave the question open that waits for its next gain.
-pub const WAIT: Duration = Duration::from_secs(20);
-/// How much longer than that its answer may take.
-pub(super) const ANSWER_TIME: Duration = Duration::from_secs(5);
 /// From one question to the next, at least: who gains one path after the other tells several at once.
 const PAUSE: Duration = Duration::from_millis(200);
 /// The first pause after a question in vain, and the longest.

@@ -8,6 +8,7 @@ mod blame;
 mod candidates;
 mod client;
 mod discovery;
+mod fetch_error;
 mod flushes;
 mod follow;
 mod greetings;
@@ -40,9 +41,9 @@ use tokio::sync::{Notify, broadcast};
 
 pub use arriving::Arriving;
 pub use blame::{Failure, Standing};
-pub use client::{Blame, FetchError, INSTANCE_HEADER, LINK_HEADER, PEER_HEADER, PeerClient};
+pub use client::{INSTANCE_HEADER, LINK_HEADER, PEER_HEADER, PeerClient};
 pub use discovery::Discovery;
-pub use follow::WAIT as HOLDINGS_WAIT;
+pub use fetch_error::{Blame, FetchError};
 pub use listening::Listening;
 pub use local_paths::LocalPaths;
 pub use news::News;
@@ -51,6 +52,7 @@ pub use path_filter::PathFilter;
 pub use path_set::{MAX_GAINS, Told, known_number};
 pub use record::{Asking, Peer, PeerId, Source};
 pub use registry::{Answered, Registry, Sighting};
+pub use sets::WAIT as HOLDINGS_WAIT;
 pub use tls::http_client;
 pub use wire::{Announce, FEATURE_GAINED, FEATURE_HOLDINGS, Message};
 

@@ -9,7 +9,6 @@ use std::time::Duration;
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::Semaphore;
 
-use super::follow::{ANSWER_TIME, WAIT};
 use super::path_set::{PathSet, Told};
 use super::record::PeerId;
 use crate::metrics::PeerMetrics;
@@ -19,6 +18,10 @@ use crate::nix::StorePathHash;
 const MAX_BYTES: usize = 64 * 1024 * 1024;
 /// Sets that are read whole at the same time.
 const READING: usize = 4;
+/// How long a peer may leave the question open that waits for its next gain.
+pub const WAIT: Duration = Duration::from_secs(20);
+/// How much longer than that its answer may take.
+pub(super) const ANSWER_TIME: Duration = Duration::from_secs(5);
 /// A little more than any answer may take. An older set is one from before this host slept: its peer is asked.
 const BELIEVED: Duration = WAIT.saturating_add(ANSWER_TIME).saturating_add(Duration::from_secs(1));
 

@@ -7,6 +7,7 @@
 mod buffers;
 mod build_log;
 mod child;
+mod copy_file;
 mod file_span;
 mod gains;
 mod known;

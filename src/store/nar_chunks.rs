@@ -16,8 +16,8 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::buffers::{BufferPool, CHUNK};
+use super::copy_file::CopyFile;
 use super::file_span::{FileSpan, SHORTEST};
-use super::nar_copy::CopyFile;
 use super::nar_read_error::NarReadError;
 use super::nar_reader::NarReader;
 

@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::Semaphore;
 
 use super::buffers::BufferPool;
+use super::copy_file::Room;
 use super::known::{KnownPath, Stamp};
 use super::nar_chunks::NarChunks;
-use super::nar_copy::{CopyReader, Made, NarCopy, Room};
+use super::nar_copy::{CopyReader, Made, NarCopy};
 use super::nar_reader::NarReader;
 use crate::metrics::StoreMetrics;
 use crate::nix::StorePathHash;

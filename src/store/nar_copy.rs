@@ -2,12 +2,9 @@
 //!
 //! Knows nothing of other copies. Its bytes are counted from before the file is made until the last who has it open lets it go.
 
-use std::fs::File;
 use std::future::poll_fn;
 use std::io::IoSliceMut;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,60 +12,18 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt as _};
-use prometheus_client::metrics::gauge::Gauge;
 use rustix::io::{Errno, ReadWriteFlags};
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::buffers::{BufferPool, CHUNK};
+use super::copy_file::{CopyFile, Room};
 use super::file_span::FileSpan;
 use super::nar_chunks::NarChunks;
 
 /// A copy that nobody has read for so long is not made to its end.
 const LEFT_ALONE: Duration = Duration::from_secs(5);
-
-/// Room on the disk, taken until this is dropped.
-#[derive(Debug)]
-pub(super) struct Room {
-    bytes: i64,
-    taken: Gauge,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl Room {
-    /// Of so many bytes, counted in the gauge.
-    pub(super) fn new(bytes: u64, permit: OwnedSemaphorePermit, taken: Gauge) -> Self {
-        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        taken.inc_by(bytes);
-        Self { bytes, taken, _permit: permit }
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        self.taken.dec_by(self.bytes);
-    }
-}
-
-/// A file without a name, and its room: both go when the last who reads or writes it does.
-#[derive(Debug)]
-pub(super) struct CopyFile {
-    file: File,
-    _room: Room,
-}
-
-impl CopyFile {
-    pub(super) fn write_all_at(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {
-        self.file.write_all_at(bytes, at)
-    }
-}
-
-impl AsFd for CopyFile {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.file.as_fd()
-    }
-}
 
 /// One copy, whole or in the making.
 #[derive(Debug)]
@@ -142,7 +97,7 @@ impl Maker {
     pub(super) async fn run(self, folder: PathBuf, chunks: NarChunks, room: Room) -> Made {
         let shown = folder.clone();
         let file = match spawn_blocking(move || tempfile::tempfile_in(folder)).await {
-            Ok(Ok(file)) => Arc::new(CopyFile { file, _room: room }),
+            Ok(Ok(file)) => Arc::new(CopyFile::new(file, room)),
             Ok(Err(error)) => {
                 tracing::info!(directory = %shown.display(), %error, "no file for the copy of a NAR can be made; none is copied for a while");
                 return Made::Failed;
@@ -236,13 +191,14 @@ async fn read(file: &Arc<CopyFile>, range: Range<u64>, pool: &BufferPool) -> Res
     }
     let (file, pool) = (Arc::clone(file), pool.clone());
     let read = spawn_blocking(move || {
-        file.file.read_exact_at(&mut buffer[..len], range.start).map(|()| pool.share(buffer, len))
+        file.read_exact_at(&mut buffer[..len], range.start).map(|()| pool.share(buffer, len))
     });
     read.await.map_err(|_| Gone)?.map_err(|_| Gone)
 }
 
 #[cfg(test)]
 mod tests {
+    use prometheus_client::metrics::gauge::Gauge;
     use tokio::sync::Semaphore;
 
     use super::super::nar_reader::NarReader;

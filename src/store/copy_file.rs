@@ -1,0 +1,58 @@
+//! The file of a copy of a NAR, and the room that it takes.
+
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt as _;
+
+use prometheus_client::metrics::gauge::Gauge;
+use tokio::sync::OwnedSemaphorePermit;
+
+/// Room on the disk, taken until this is dropped.
+#[derive(Debug)]
+pub(super) struct Room {
+    bytes: i64,
+    taken: Gauge,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Room {
+    /// Of so many bytes, counted in the gauge.
+    pub(super) fn new(bytes: u64, permit: OwnedSemaphorePermit, taken: Gauge) -> Self {
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        taken.inc_by(bytes);
+        Self { bytes, taken, _permit: permit }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.taken.dec_by(self.bytes);
+    }
+}
+
+/// A file without a name, and its room: both go when the last who reads or writes it does.
+#[derive(Debug)]
+pub(super) struct CopyFile {
+    file: File,
+    _room: Room,
+}
+
+impl CopyFile {
+    pub(super) fn new(file: File, room: Room) -> Self {
+        Self { file, _room: room }
+    }
+
+    pub(super) fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<()> {
+        self.file.read_exact_at(buffer, at)
+    }
+
+    pub(super) fn write_all_at(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {
+        self.file.write_all_at(bytes, at)
+    }
+}
+
+impl AsFd for CopyFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
