@@ -114,7 +114,7 @@ fn stream(c: &mut Criterion, name: &str, fill: impl Fn(&Path)) {
     let copies = peernix::store::NarCopies::new(None, 0, &metrics.store);
     let gained = tokio::sync::mpsc::channel(1).0;
     let (store, _task) =
-        peernix::store::Store::open(options, copies, &metrics.store, gained).expect("a store");
+        peernix::store::Store::open(options, None, copies, &metrics.store, gained).expect("a store");
     let part = StorePathHash::parse("0".repeat(32).as_bytes()).expect("a hash part");
     let known = runtime.block_on(store.path(&part)).expect("an answer").expect("a path");
     let mut group = c.benchmark_group("NAR");

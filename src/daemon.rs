@@ -4,7 +4,7 @@
 
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -70,7 +70,8 @@ pub struct Daemon {
     discovery: Discovery,
     stop: watch::Sender<bool>,
     server: JoinHandle<()>,
-    store: JoinHandle<()>,
+    store: Store,
+    store_task: JoinHandle<()>,
     share: Share,
     spools: Spools,
     followers: JoinSet<()>,
@@ -91,9 +92,11 @@ impl Daemon {
         let metrics = Metrics::new();
         let (gained, gains) = mpsc::channel(GAINS);
         let nar_copies = config.limits.nar_copies.as_u64();
-        let copies = NarCopies::new(config.state.directory().ok(), nar_copies, &metrics.store);
-        let (store, store_task) = Store::open(config.store.clone(), copies, &metrics.store, gained)?;
-        let state = config.state.directory().map(make_folder);
+        let state = config.state.directory();
+        let folder = state.as_deref().ok();
+        let copies = NarCopies::new(folder.map(Path::to_owned), nar_copies, &metrics.store);
+        let (store, store_task) = Store::open(config.store.clone(), folder, copies, &metrics.store, gained)?;
+        let state = state.map(make_folder);
         let (signer, state) = match configured {
             // Without a folder the known peers are not saved, and that is all.
             Some(signer) => (signer, state.ok().and_then(Result::ok)),
@@ -134,7 +137,7 @@ impl Daemon {
         let (stop, stopping) = watch::channel(false);
         let server = tokio::spawn(server.run(listeners, stopping));
         let options = config.discovery.clone();
-        let local_paths = local_paths(store);
+        let local_paths = local_paths(store.clone());
         let discovery =
             Discovery::start(peers.clone(), options, &config.http.allow, local_paths, gains, state);
         Ok(Self {
@@ -145,7 +148,8 @@ impl Daemon {
             discovery,
             stop,
             server,
-            store: store_task,
+            store,
+            store_task,
             share,
             spools,
             followers,
@@ -196,7 +200,9 @@ impl Daemon {
         if let Err(error) = self.spools.close(LEAVE_TIME).await {
             tracing::warn!(%error, "a spool is still read");
         }
-        let _ = self.store.await;
+        self.store.remember_names().await;
+        drop(self.store);
+        let _ = self.store_task.await;
     }
 }
 

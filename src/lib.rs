@@ -39,7 +39,8 @@
 //! `http::server` accepts, `http::gate` lets in, `http::app` parses the URL ([`nix::cache_url`]). A path that was asked
 //! for before is answered at once: `store::known` compares the path's stamp (device, inode, change time; one `lstat`)
 //! and its lease's generation, and the narinfo was signed and printed the first time. Otherwise `store::names` has the
-//! name for the hash part (after a start as soon as it was read, while the rest of the directory is), `store::leases` leases
+//! name for the hash part (after a start from `store::remembered_names`, or as soon as it was read, while the rest of the directory is),
+//! `store::leases` leases
 //! and asks (in one batch with whoever else waits; the processes behind it belong to `store::lease_office`), and
 //! [`resolve`] adds our signatures behind the stored ones.
 //!
@@ -83,6 +84,8 @@
 //! - The store counts into [`metrics`] itself, which lies beside the formats at the bottom, instead of handing numbers up.
 //! - The watch on the store directory is read on every miss, under a lock, instead of by a task of its own: an event is in
 //!   the kernel's queue before the change returns to whoever made it, so a path is found from its first moment on.
+//! - The names in the store are written down when the daemon ends: reading 100,000 takes longer than `nix-store` to start, and the
+//!   first answer needs one of them.
 //! - A layout keeps metadata and writes the literal bytes on the way; kept whole they would take several times the memory.
 //! - Peers are asked over pooled HTTP connections at once, without a datagram first: one round trip instead of two, and TCP makes
 //!   up for what is lost. Only peernix in Go is asked by datagram first, since its HTTP side would ask the whole LAN.

@@ -6,11 +6,15 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use crate::connection::Client;
 use crate::store::{Store, StorePath};
 use crate::support::Daemon;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_peernix");
+/// In which a daemon has read all names.
+const READ_TIME: Duration = Duration::from_millis(500);
 const KIB_A_MB: f64 = 1e6 / 1024.0;
 
 /// A daemon that serves a store, and relays from another one if it knows one.
@@ -61,13 +65,12 @@ pub(crate) fn nar_of(client: &mut Client, path: &StorePath) -> String {
     format!("/nix-cache/{}", url.unwrap_or_else(|| panic!("{} for {}: {text}", answer.status, path.url())))
 }
 
-/// From the start of a daemon's process to its first narinfo, in ms.
-pub(crate) fn first_answer(folder: &Path, store: &Store, path: &StorePath) -> f64 {
+/// From the start of a daemon's process to its first narinfo, in ms. Its state lies in this folder, and it is ended as by systemd.
+pub(crate) fn first_answer(folder: &Path, state: &Path, store: &Store, path: &StorePath) -> f64 {
     let address = free_address();
     let settings = format!(
-        "[discovery]\nenable = false\n[trust]\nhost_keys = false\n[store]\nroot = {:?}\n[state]\ndirectory = {:?}\n",
+        "[discovery]\nenable = false\n[trust]\nhost_keys = false\n[store]\nroot = {:?}\n[state]\ndirectory = {state:?}\n",
         store.root,
-        folder.join("first-state")
     );
     let file = folder.join("first.toml");
     fs::write(&file, settings).expect("a configuration");
@@ -84,8 +87,10 @@ pub(crate) fn first_answer(folder: &Path, store: &Store, path: &StorePath) -> f6
         std::thread::sleep(Duration::from_micros(200));
     }
     let took = began.elapsed();
-    let _ = process.kill();
-    let _ = process.wait();
+    // What was not read yet is not remembered.
+    std::thread::sleep(READ_TIME);
+    kill_process(Pid::from_child(&process), Signal::TERM).expect("a process");
+    assert!(process.wait().expect("its end").success());
     took.as_secs_f64() * 1e3
 }
 

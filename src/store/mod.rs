@@ -25,10 +25,11 @@ mod nar_reader;
 mod nar_stream;
 mod open_directory;
 mod options;
+mod remembered_names;
 mod tree;
 
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -53,6 +54,7 @@ use self::buffers::BufferPool;
 use self::known::{KnownPaths, Stamp};
 use self::leases::Leases;
 use self::names::Names;
+use self::remembered_names::RememberedNames;
 use crate::metrics::StoreMetrics;
 use crate::nix::layout::NarLayout;
 use crate::nix::{StoreDir, StorePath, StorePathHash};
@@ -135,10 +137,11 @@ impl Drop for Inner {
 }
 
 impl Store {
-    /// Opens the store; `gained` is told of paths that come. Returns with it the task that owns its processes and ends after the last handle does. No
+    /// Opens the store; `gained` is told of paths that come, and the names are remembered in the folder `state`. Returns with it the task that owns its processes and ends after the last handle does. No
     /// Nix on the machine is no error: every answer is "not here" until there is.
     pub fn open(
         options: Options,
+        state: Option<&Path>,
         copies: NarCopies,
         metrics: &StoreMetrics,
         gained: mpsc::Sender<StorePathHash>,
@@ -149,7 +152,7 @@ impl Store {
             tracing::warn!(%directory, "there is no store here yet; every path is answered with 404 until there is");
         }
         let store_dir = StoreDir::default();
-        let names = Arc::new(Names::new(directory, metrics.clone(), gained));
+        let names = Arc::new(Names::new(directory, RememberedNames::new(state), metrics.clone(), gained));
         // The process first: its start takes longer than the scan, which runs beside it, and the first answer needs both.
         let (leases, task) = lease_office::open(options.clone(), store_dir.clone(), metrics.clone());
         let (follow, sweep) = (Arc::clone(&names).follow(), copies.clone().sweep());
@@ -186,6 +189,14 @@ impl Store {
     /// Waits until the names in the store directory were read once, or can't be.
     pub async fn names_read(&self) {
         self.0.names.read_once().await;
+    }
+
+    /// Writes the names down, for the first questions after the next start. Without them these take longer, and that is all.
+    pub async fn remember_names(&self) {
+        let names = Arc::clone(&self.0.names);
+        if let Ok(Err(error)) = spawn_blocking(move || names.remember()).await {
+            tracing::debug!(%error, "the names in the store can't be remembered");
+        }
     }
 
     /// The hash parts of all that may be here, and the number of the last gain among them. `None`: it can't be told.

@@ -31,13 +31,19 @@ impl NameMap {
         self.0.keys()
     }
 
+    /// The paths, without their locks.
+    pub(super) fn paths(&self) -> impl Iterator<Item = StorePath> {
+        self.0.keys().filter_map(|hash| self.path(hash)).filter(|path| !is_lock(path))
+    }
+
     pub(super) fn contains(&self, hash: &StorePathHash) -> bool {
         self.0.contains_key(hash)
     }
 
-    /// The shortest name, which is the path's; the longer ones are its lock's and its like.
-    pub(super) fn shortest(&self, hash: &StorePathHash) -> Option<&str> {
-        each(self.0.get(hash)?).min_by_key(|name| name.len())
+    /// With the shortest name, which is the path's; the longer ones are its lock's and its like.
+    pub(super) fn path(&self, hash: &StorePathHash) -> Option<StorePath> {
+        let name = each(self.0.get(hash)?).min_by_key(|name| name.len())?;
+        StorePath::from_basename(format!("{hash}-{name}").as_bytes()).ok()
     }
 
     pub(super) fn insert(&mut self, path: &StorePath) {
@@ -84,6 +90,11 @@ fn each(names: &str) -> impl Iterator<Item = &str> {
     names.split(BETWEEN)
 }
 
+/// Whether Nix locks a path by this name, which it has while that is made, and sometimes longer.
+pub(super) fn is_lock(path: &StorePath) -> bool {
+    path.name().ends_with(".lock")
+}
+
 /// `.links`, temporary files and the like are no store paths.
 pub(super) fn store_path(name: &CStr) -> Option<StorePath> {
     StorePath::from_basename(name.to_bytes()).ok()
@@ -125,14 +136,16 @@ mod tests {
         let hash = StorePathHash::of(&text);
         let mut names = NameMap::default();
         names.insert(&lock);
-        assert_eq!(names.shortest(&hash), Some("text.lock"));
+        assert_eq!(names.path(&hash).as_ref(), Some(&lock));
+        assert!(names.paths().next().is_none());
         for _ in 0..2 {
             names.insert(&text);
         }
-        assert_eq!((names.shortest(&hash), names.len()), (Some("text"), 1));
+        assert_eq!((names.path(&hash).as_ref(), names.len()), (Some(&text), 1));
+        assert!(names.paths().eq([text.clone()]));
         names.remove(&lock);
         names.remove(&lock);
-        assert_eq!(names.shortest(&hash), Some("text"));
+        assert_eq!(names.path(&hash).as_ref(), Some(&text));
         names.remove(&text);
         assert!(!names.contains(&hash) && names.len() == 0);
     }

@@ -15,7 +15,8 @@ use tokio::time::{sleep, timeout};
 
 use super::gains::Gains;
 use super::name_events::{Change, waiting_events, wakes, watch_directory};
-use super::name_map::{NameMap, read_names};
+use super::name_map::{NameMap, is_lock, read_names};
+use super::remembered_names::RememberedNames;
 use crate::metrics::StoreMetrics;
 use crate::nix::{StorePath, StorePathHash};
 
@@ -46,6 +47,7 @@ pub(super) struct Names {
     scanning: Arc<tokio::sync::Mutex<()>>,
     /// Changes whenever the first scan has read some more.
     batches: watch::Sender<()>,
+    remembered: RememberedNames,
 }
 
 #[derive(Debug, Default)]
@@ -62,17 +64,18 @@ impl Names {
     /// Nothing is read yet: the first question, or [`Names::follow`], does.
     pub(super) fn new(
         directory: PathBuf,
+        remembered: RememberedNames,
         metrics: StoreMetrics,
         gained: mpsc::Sender<StorePathHash>,
     ) -> Self {
         let watch = Mutex::new(Watch { stale: true, ..Watch::default() });
         let (names, scanning) = (RwLock::default(), Arc::default());
         let (gains, latest, batches) = (Mutex::default(), watch::Sender::default(), watch::Sender::default());
-        Self { directory, metrics, names, watch, gained, gains, latest, scanning, batches }
+        Self { directory, metrics, names, watch, gained, gains, latest, scanning, batches, remembered }
     }
 
-    /// A name for this hash part as soon as one is known while the directory is read: it may be gone, or another one may be the
-    /// path's. `None`: there is no scan, or it has ended; ask [`Names::find`].
+    /// A name for this hash part as soon as one is known while the directory is read, or the one that it had when the daemon ended
+    /// last: it may be gone, or another one may be the path's. `None`: there is no scan, or it has ended; ask [`Names::find`].
     pub(super) async fn find_early(self: &Arc<Self>, hash: &StorePathHash) -> Option<StorePath> {
         if !self.take_in_events() {
             return None;
@@ -81,10 +84,18 @@ impl Names {
         let known = async {
             loop {
                 // A lock's path may be about to be read.
-                if let Some(path) = self.get(hash).filter(|path| !path.name().ends_with(".lock")) {
+                if let Some(path) = self.names().path(hash).filter(|path| !is_lock(path)) {
                     return Some(path);
                 }
                 batches.changed().await.ok()?;
+            }
+        };
+        let remembered = async {
+            let (remembered, hash) = (self.remembered.clone(), *hash);
+            let found = tokio::task::spawn_blocking(move || remembered.find(&hash)).await;
+            match found.ok().flatten() {
+                Some(path) => path,
+                None => std::future::pending().await,
             }
         };
         tokio::select! {
@@ -92,6 +103,7 @@ impl Names {
             biased;
             () = self.scan() => None,
             known = known => known,
+            remembered = remembered => Some(remembered),
         }
     }
 
@@ -101,7 +113,16 @@ impl Names {
         if self.take_in_events() {
             self.scan().await;
         }
-        self.get(hash)
+        self.names().path(hash)
+    }
+
+    /// Writes down what is known for [`Names::find_early`] after the next start. Nothing if it was never read.
+    pub(super) fn remember(&self) -> std::io::Result<()> {
+        if self.watch().scanned.is_none() {
+            return Ok(());
+        }
+        let paths: Vec<StorePath> = self.names().paths().collect();
+        self.remembered.save(paths.into_iter())
     }
 
     /// Waits for the end of the first scan.
@@ -171,12 +192,6 @@ impl Names {
         }
     }
 
-    fn get(&self, hash: &StorePathHash) -> Option<StorePath> {
-        let names = self.names();
-        let name = names.shortest(hash)?;
-        StorePath::from_basename(format!("{hash}-{name}").as_bytes()).ok()
-    }
-
     fn names(&self) -> RwLockReadGuard<'_, NameMap> {
         self.names.read().unwrap_or_else(PoisonError::into_inner)
     }
@@ -237,8 +252,8 @@ impl Names {
     /// A path is there when its name comes, and valid when its lock goes.
     fn tell(&self, change: &Change) {
         let (path, told) = match change {
-            Change::Appeared(path) => (path, !path.name().ends_with(".lock")),
-            Change::Disappeared(path) => (path, path.name().ends_with(".lock")),
+            Change::Appeared(path) => (path, !is_lock(path)),
+            Change::Disappeared(path) => (path, is_lock(path)),
         };
         if told {
             self.gains().add(StorePathHash::of(path));
@@ -343,7 +358,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = folder.path();
         let (sender, mut told) = mpsc::channel(10_000);
-        let names = Arc::new(Names::new(store.to_owned(), Metrics::new().store, sender));
+        let names =
+            Arc::new(Names::new(store.to_owned(), RememberedNames::new(None), Metrics::new().store, sender));
         let hash = |number: u32| StorePathHash::parse(format!("{number:0>32}").as_bytes()).unwrap();
         let writer = {
             let store = store.to_owned();
@@ -379,7 +395,16 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let hash = |digit: &str| StorePathHash::parse(digit.repeat(32).as_bytes()).unwrap();
         let path = |name: &str| StorePath::from_basename(name.as_bytes()).unwrap();
-        let names = Arc::new(Names::new(folder.path().to_owned(), Metrics::new().store, mpsc::channel(1).0));
+        let state = tempfile::tempdir().unwrap();
+        let remembered = RememberedNames::new(Some(state.path()));
+        let two = path(&format!("{}-before", "2".repeat(32)));
+        remembered.save([two.clone()].into_iter()).unwrap();
+        let names = Arc::new(Names::new(
+            folder.path().to_owned(),
+            remembered,
+            Metrics::new().store,
+            mpsc::channel(1).0,
+        ));
         // A scan that has begun and is not at its end.
         let scan = Arc::clone(&names.scanning).lock_owned().await;
         let read = |name: &str| {
@@ -389,6 +414,7 @@ mod tests {
         let (zero, one) = (hash("0"), hash("1"));
         let (mut hit, mut miss) = (Box::pin(names.find_early(&zero)), Box::pin(names.find_early(&one)));
         assert!(waits(&mut hit).await && waits(&mut miss).await);
+        assert_eq!(names.find_early(&StorePathHash::of(&two)).await, Some(two));
         read("text.lock");
         assert!(waits(&mut hit).await);
         read("text");
@@ -399,6 +425,9 @@ mod tests {
         assert!(miss.await.is_none() && names.lacks(&one));
         // No scan is under way: there is nothing to be had early.
         assert!(names.find_early(&zero).await.is_none());
+        // What is remembered from now on is what was read.
+        names.remember().unwrap();
+        assert!(RememberedNames::new(Some(state.path())).find(&hash("2")).is_none());
     }
 
     async fn waits(future: &mut (impl Future + Unpin)) -> bool {
@@ -416,7 +445,12 @@ mod tests {
         let hash = StorePathHash::parse(part.as_bytes()).unwrap();
         std::fs::create_dir(&store).unwrap();
         std::fs::write(store.join(format!("{part}-text")), "").unwrap();
-        let names = Arc::new(Names::new(store.clone(), Metrics::new().store, mpsc::channel(1).0));
+        let names = Arc::new(Names::new(
+            store.clone(),
+            RememberedNames::new(None),
+            Metrics::new().store,
+            mpsc::channel(1).0,
+        ));
         assert!(names.find(&hash).await.is_some());
         // The directory goes away (which the watch tells), and what is there can't be read as one.
         std::fs::rename(&store, &aside).unwrap();
@@ -437,7 +471,12 @@ mod tests {
         let store = folder.path().join("store");
         std::fs::write(&store, "no directory").unwrap();
         let hash = StorePathHash::parse("0".repeat(32).as_bytes()).unwrap();
-        let names = Arc::new(Names::new(store.clone(), Metrics::new().store, mpsc::channel(1).0));
+        let names = Arc::new(Names::new(
+            store.clone(),
+            RememberedNames::new(None),
+            Metrics::new().store,
+            mpsc::channel(1).0,
+        ));
         assert!(!names.lacks(&hash));
         assert!(names.find(&hash).await.is_none());
         assert!(!names.lacks(&hash), "the scan failed");
