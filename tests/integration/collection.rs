@@ -434,6 +434,9 @@ fn what_was_local_before_a_restart_and_is_collected_comes_from_a_peer_after_it()
     let served = Served::of(&narinfo);
     signal(&one, "-TERM");
     assert!(first.wait().success());
+    // The next start believes nothing of what is remembered.
+    let names = std::fs::read_to_string(one.nix_folder().join("home/state/names")).unwrap();
+    assert!(names.lines().any(|name| path.ends_with(name)));
     succeed(one.command("nix-collect-garbage").args(["--option", "keep-derivations", "false"]));
     assert!(!one.nix_folder().join(path.strip_prefix("/nix/").unwrap()).exists());
     let _again = Daemon::start_as_configured(one.command(PROGRAM), &settings);
