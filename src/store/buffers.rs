@@ -7,33 +7,48 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes of a chunk: large enough that the system calls do not count, small enough for a processor's cache.
 pub(super) const CHUNK: usize = 256 * 1024;
+/// Bytes of a chunk that no other thread has to be woken for, which need not be as long: a client that stops reading holds some.
+pub(super) const SHORT_CHUNK: usize = 64 * 1024;
 /// Buffers that are kept for the next chunk; fresh ones cost half as much again.
 const POOL: usize = 32;
 /// Chunks that all streams together may read, or have read and not given out, besides the one that each may have under way.
 /// Each takes a buffer, and while it is read a thread and two descriptors.
 const READ_AHEAD: usize = 32;
 
-/// Buffers of one size that are used again.
+/// Buffers of two sizes that are used again.
 #[derive(Clone, Debug)]
 pub(super) struct BufferPool {
     buffers: Arc<Mutex<Vec<Box<[u8]>>>>,
+    short: Arc<Mutex<Vec<Box<[u8]>>>>,
     ahead: Arc<Semaphore>,
 }
 
 impl Default for BufferPool {
     fn default() -> Self {
-        Self { buffers: Arc::default(), ahead: Arc::new(Semaphore::new(READ_AHEAD)) }
+        let ahead = Arc::new(Semaphore::new(READ_AHEAD));
+        Self { buffers: Arc::default(), short: Arc::default(), ahead }
     }
 }
 
 impl BufferPool {
+    /// Of [`CHUNK`] bytes.
     pub(super) fn take(&self) -> Box<[u8]> {
-        let pooled = self.buffers.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        pooled.unwrap_or_else(|| vec![0; CHUNK].into_boxed_slice())
+        Self::one_of(&self.buffers, CHUNK)
+    }
+
+    /// Of [`SHORT_CHUNK`] bytes.
+    pub(super) fn take_short(&self) -> Box<[u8]> {
+        Self::one_of(&self.short, SHORT_CHUNK)
+    }
+
+    fn one_of(pooled: &Mutex<Vec<Box<[u8]>>>, len: usize) -> Box<[u8]> {
+        let pooled = pooled.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        pooled.unwrap_or_else(|| vec![0; len].into_boxed_slice())
     }
 
     pub(super) fn give_back(&self, buffer: Box<[u8]>) {
-        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        let pooled = if buffer.len() == CHUNK { &self.buffers } else { &self.short };
+        let mut buffers = pooled.lock().unwrap_or_else(PoisonError::into_inner);
         if buffers.len() < POOL {
             buffers.push(buffer);
         }

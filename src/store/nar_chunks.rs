@@ -1,6 +1,6 @@
 //! The chunks of a NAR, read from its tree.
 //!
-//! Contents that are in memory are read where the next chunk is asked for; everything else (opening files, the disk) is done
+//! What is in memory is read where the next chunk is asked for; everything else (the disk, many small files to be opened) is done
 //! by blocking tasks, a chunk each, so that a slow reader holds a few buffers and never a thread. Where files are small, opening
 //! them takes most of the time: then several chunks are read at once.
 
@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::buffers::{BufferPool, CHUNK};
+use super::buffers::{BufferPool, CHUNK, SHORT_CHUNK};
 use super::copy_file::CopyFile;
 use super::file_span::{FileSpan, SHORTEST};
 use super::nar_read_error::NarReadError;
@@ -35,6 +35,8 @@ pub(super) struct NarChunks {
     copy: Option<CopiedTo>,
     /// Who reads takes spans, too: then what comes before one is given out by itself.
     takes_spans: bool,
+    /// So far everything was in memory.
+    is_cached: bool,
 }
 
 /// Where each chunk is written to as well, from its place on.
@@ -55,7 +57,8 @@ struct Filled {
 
 impl NarChunks {
     pub(super) fn new(reader: NarReader, pool: BufferPool) -> Self {
-        Self { rest: Some(Box::new(reader)), tasks: VecDeque::new(), pool, copy: None, takes_spans: false }
+        let rest = Some(Box::new(reader));
+        Self { rest, tasks: VecDeque::new(), pool, copy: None, takes_spans: false, is_cached: true }
     }
 
     /// Writes each chunk into the file too, before it is given out.
@@ -73,12 +76,6 @@ impl NarChunks {
             && let Some(cached) = self.fill_cached().transpose()
         {
             return Poll::Ready(Some(cached));
-        }
-        if self.tasks.is_empty()
-            && self.takes_spans
-            && let Some(literal) = self.rest.as_mut().and_then(|rest| rest.reach_cached(SHORTEST))
-        {
-            return Poll::Ready(Some(Ok(literal)));
         }
         if self.tasks.is_empty() {
             self.start_one(None);
@@ -115,15 +112,25 @@ impl NarChunks {
     }
 
     fn fill_cached(&mut self) -> Result<Option<Bytes>, NarReadError> {
-        if !self.is_inside_file() {
+        if self.copy.is_some() {
             return Ok(None);
         }
         let Some(rest) = &mut self.rest else { return Ok(None) };
-        let mut buffer = self.pool.take();
-        match rest.fill_cached(&mut buffer) {
-            Ok(Some(filled)) => Ok(Some(self.pool.share(buffer, filled))),
+        let mut buffer = if rest.is_inside_file(CHUNK as u64) {
+            self.pool.take()
+        } else if self.is_cached && rest.is_quick(SHORT_CHUNK as u64) {
+            self.pool.take_short()
+        } else {
+            return Ok(None);
+        };
+        // The socket takes what follows.
+        let at_file = if self.takes_spans { SHORTEST } else { u64::MAX };
+        match rest.fill_cached(&mut buffer, at_file) {
+            Ok(filled) if filled > 0 => Ok(Some(self.pool.share(buffer, filled))),
             nothing => {
                 self.pool.give_back(buffer);
+                // What comes next hardly is, and tasks read several chunks at once.
+                self.is_cached = false;
                 nothing.map(|_| None)
             }
         }
@@ -193,8 +200,8 @@ mod tests {
     #[tokio::test]
     async fn a_chunk_keeps_its_place_until_it_is_taken() {
         let folder = tempfile::tempdir().unwrap();
-        for file in 0..400 {
-            std::fs::write(folder.path().join(format!("f{file}")), vec![b'x'; 5000]).unwrap();
+        for file in 0..4000 {
+            std::fs::write(folder.path().join(format!("f{file}")), vec![b'x'; 500]).unwrap();
         }
         let layout = Arc::new(lay_out(folder.path()).unwrap());
         let (len, pool) = (layout.len(), BufferPool::default());

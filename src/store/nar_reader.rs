@@ -11,7 +11,6 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use rustix::fs::ResolveFlags;
 use rustix::io::{Errno, ReadWriteFlags};
 
@@ -20,8 +19,10 @@ use super::nar_read_error::NarReadError;
 use super::open_directory::OpenDirectory;
 use crate::nix::layout::{Cursor, FileMeta, NarLayout, Step};
 
-/// Steps to the next file that are looked at ahead of reading.
-const NEAR: usize = 16;
+/// Steps that are looked at ahead of reading.
+const NEAR: usize = 32;
+/// More files than that take several threads less time to open than one.
+const MOST_FILES: usize = 8;
 
 /// Reads one NAR from front to back.
 #[derive(Debug)]
@@ -79,51 +80,29 @@ impl NarReader {
             && self.file.as_ref().is_some_and(|file| left(file).min(self.remaining) >= bytes)
     }
 
-    /// Goes on to the next file, if few steps lead to one of `bytes` or more that can be opened here and now, or to the end. What
-    /// is to be given out before it is returned.
-    pub(super) fn reach_cached(&mut self, bytes: u64) -> Option<Bytes> {
-        let is_between = self.skip == 0 && self.file.is_none() && self.literal_at == self.literal.len();
-        if !is_between || self.remaining == 0 || !self.is_near_file(bytes) {
-            return None;
+    /// Whether few small files make the next `bytes`, so that filling takes no longer where they are asked for than by another thread.
+    pub(super) fn is_quick(&self, bytes: u64) -> bool {
+        if self.skip > 0 {
+            return false;
         }
-        let (mut given, mut may_go_on) = (Vec::new(), true);
-        while may_go_on {
-            let before = self.cursor;
-            self.literal.clear();
-            self.literal_at = 0;
-            match self.cursor.advance(&self.layout, &mut self.literal) {
-                Step::Enter(name) => self.directory.enter(name),
-                Step::Leave => self.directory.leave(&self.root),
-                Step::Symlink { .. } => {}
-                Step::Finished => may_go_on = false,
-                Step::File { meta, .. } if meta.size == 0 => {}
-                Step::File { name, meta } => {
-                    may_go_on = false;
-                    match self.directory.open(name, meta, ResolveFlags::CACHED) {
-                        Ok(file) => self.file = Some(OpenFile::new(file, meta, before)),
-                        // Whoever reads on opens it, or says what is wrong.
-                        Err(_) => {
-                            self.cursor = before;
-                            self.literal.clear();
-                        }
-                    }
-                }
+        let open = self.file.as_ref().map_or(0, |file| file.size - file.at);
+        let mut there = (self.literal.len() - self.literal_at) as u64 + open;
+        let (mut cursor, mut literal, mut files) = (self.cursor, Vec::new(), 0);
+        for _ in 0..NEAR {
+            if there >= bytes {
+                return true;
             }
-            let at = given.len();
-            given.resize(at + self.literal.len(), 0);
-            let len = self.give_literal(&mut given[at..]);
-            given.truncate(at + len);
+            match cursor.advance(&self.layout, &mut literal) {
+                Step::File { meta, .. } if files < MOST_FILES => {
+                    there += meta.size;
+                    files += 1;
+                }
+                Step::File { .. } => return false,
+                Step::Finished => return true,
+                _ => {}
+            }
         }
-        (!given.is_empty()).then(|| given.into())
-    }
-
-    fn is_near_file(&self, bytes: u64) -> bool {
-        let (mut cursor, mut literal) = (self.cursor, Vec::new());
-        (0..NEAR).find_map(|_| match cursor.advance(&self.layout, &mut literal) {
-            Step::File { meta, .. } if meta.size > 0 => Some(meta.size.min(self.remaining) >= bytes),
-            Step::Finished => Some(true),
-            _ => None,
-        }) == Some(true)
+        false
     }
 
     /// Whether a file comes next of which at least `bytes` are left, opened or not.
@@ -211,15 +190,32 @@ impl NarReader {
                 let flags = ReadWriteFlags::empty();
                 filled += self.give_contents(&mut buffer[filled..], flags)?.unwrap_or(0);
             } else {
-                self.step()?;
+                self.step(ResolveFlags::empty())?;
             }
         }
         Ok(filled)
     }
 
-    /// Fills the buffer from the open file with what is in memory. `None`: the disk has to be asked.
-    pub(super) fn fill_cached(&mut self, buffer: &mut [u8]) -> Result<Option<usize>, NarReadError> {
-        self.give_contents(buffer, ReadWriteFlags::NOWAIT)
+    /// Fills the buffer, or as much of it as can be had here and now, up to the next file of `at_file` bytes or more. 0: the disk has to
+    /// be asked.
+    pub(super) fn fill_cached(&mut self, buffer: &mut [u8], at_file: u64) -> Result<usize, NarReadError> {
+        let mut filled = 0;
+        while filled < buffer.len() && self.remaining > 0 {
+            if self.literal_at < self.literal.len() {
+                filled += self.give_literal(&mut buffer[filled..]);
+            } else if let Some(file) = &self.file {
+                if filled > 0 && file.size - file.at >= at_file {
+                    break;
+                }
+                let Some(read) = self.give_contents(&mut buffer[filled..], ReadWriteFlags::NOWAIT)? else {
+                    break;
+                };
+                filled += read;
+            } else if !self.step(ResolveFlags::CACHED)? {
+                break;
+            }
+        }
+        Ok(filled)
     }
 
     /// The next bytes of the open file, inside which this has to be, if they need not be read here.
@@ -280,8 +276,8 @@ impl NarReader {
         Ok((got > 0 || len == 0).then_some(got))
     }
 
-    /// Moves to the next literal bytes and, behind them, the next file.
-    fn step(&mut self) -> Result<(), NarReadError> {
+    /// Moves to the next literal bytes and, behind them, the next file. False: that can't be opened in this way, and nothing moved.
+    fn step(&mut self, how: ResolveFlags) -> Result<bool, NarReadError> {
         self.literal.clear();
         self.literal_at = 0;
         let before = self.cursor;
@@ -295,8 +291,16 @@ impl NarReader {
                     self.skip -= behind;
                     self.literal.clear();
                 } else if meta.size > 0 {
-                    let file = self.directory.open(name, meta, ResolveFlags::empty())?;
-                    self.file = Some(OpenFile::new(file, meta, before));
+                    match self.directory.open(name, meta, how) {
+                        Ok(file) => self.file = Some(OpenFile::new(file, meta, before)),
+                        Err(error) if how.is_empty() => return Err(error),
+                        // Whoever may wait opens it, or says what is wrong.
+                        Err(_) => {
+                            self.cursor = before;
+                            self.literal.clear();
+                            return Ok(false);
+                        }
+                    }
                 }
             }
             Step::Symlink { .. } => {}
@@ -305,7 +309,7 @@ impl NarReader {
             }
             Step::Finished => {}
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -359,15 +363,11 @@ mod tests {
         let mut reader = NarReader::new(root.to_owned(), Arc::clone(layout), range);
         let (mut nar, mut buffer) = (Vec::new(), vec![0; chunk]);
         loop {
-            if let Some(literal) = reader.reach_cached(chunk as u64) {
-                nar.extend_from_slice(&literal);
+            let quick = reader.is_quick(chunk as u64);
+            let mut filled = if quick { reader.fill_cached(&mut buffer, 20_000).unwrap() } else { 0 };
+            if filled == 0 {
+                filled = reader.fill(&mut buffer).unwrap();
             }
-            let cached = if reader.is_inside_file(chunk as u64) {
-                reader.fill_cached(&mut buffer).unwrap()
-            } else {
-                None
-            };
-            let filled = cached.unwrap_or_else(|| reader.fill(&mut buffer).unwrap());
             if filled == 0 {
                 assert_eq!(reader.remaining(), 0);
                 return nar;
@@ -387,7 +387,9 @@ mod tests {
             let filled = rest.fill(&mut begun).unwrap();
             begun.truncate(filled);
             if parts.len() % 4 == 1 {
-                begun.extend_from_slice(&rest.reach_cached(1).unwrap_or_default());
+                let mut cached = vec![0; chunk];
+                let filled = rest.fill_cached(&mut cached, chunk as u64 / 2).unwrap();
+                begun.extend_from_slice(&cached[..filled]);
             }
             if rest.is_at_file(chunk as u64) {
                 assert!(rest.remaining() >= chunk as u64);
@@ -449,14 +451,36 @@ mod tests {
         let expected = read(&root, &layout, 0..layout.len(), 1000);
         std::fs::rename(root.join("b"), folder.path().join("away")).unwrap();
         let mut reader = NarReader::new(root.clone(), Arc::clone(&layout), 0..layout.len());
-        let mut nar = reader.reach_cached(1).unwrap().to_vec();
-        assert!(nar.len() > 100 && expected.starts_with(&nar) && !reader.is_inside_file(1));
-        assert!(reader.reach_cached(1).is_none());
+        let mut buffer = vec![0; expected.len()];
+        let first = reader.fill_cached(&mut buffer, 1).unwrap();
+        assert!(first > 100 && expected.starts_with(&buffer[..first]) && !reader.is_inside_file(1));
+        assert_eq!(reader.fill_cached(&mut buffer[first..], 1).unwrap(), 0);
         // It is back when somebody looks who may wait.
         std::fs::rename(folder.path().join("away"), root.join("b")).unwrap();
-        let mut buffer = vec![0; expected.len()];
-        let filled = reader.fill(&mut buffer).unwrap();
-        nar.extend_from_slice(&buffer[..filled]);
-        assert!(nar == expected && reader.remaining() == 0);
+        reader.fill(&mut buffer[first..]).unwrap();
+        assert!(buffer == expected && reader.remaining() == 0);
+    }
+
+    #[test]
+    fn few_files_that_make_many_bytes_are_quick_and_are_read_up_to_a_large_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        for number in 0..MOST_FILES {
+            std::fs::write(root.join(format!("a{number}")), vec![7; 1000]).unwrap();
+        }
+        std::fs::write(root.join("b"), vec![8; 100_000]).unwrap();
+        let layout = Arc::new(tree::lay_out(&root).unwrap());
+        let mut reader = NarReader::new(root.clone(), Arc::clone(&layout), 0..layout.len());
+        let small = MOST_FILES as u64 * 1000;
+        assert!(reader.is_quick(small) && !reader.is_quick(small + 1));
+        let mut buffer = vec![0; layout.len() as usize];
+        let filled = reader.fill_cached(&mut buffer, 100_000).unwrap();
+        assert!(filled as u64 > small && reader.is_inside_file(100_000));
+        // It is read all the same if nobody else takes it.
+        let more = reader.fill_cached(&mut buffer[filled..], 100_000).unwrap();
+        assert_eq!((filled + more) as u64, layout.len());
+        assert!(buffer == read(&root, &layout, 0..layout.len(), 1000));
+        assert!(!NarReader::new(root, Arc::clone(&layout), 1..layout.len()).is_quick(1));
     }
 }

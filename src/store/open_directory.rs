@@ -49,11 +49,11 @@ impl OpenDirectory {
         how: ResolveFlags,
     ) -> Result<OwnedFd, NarReadError> {
         // Joining an empty name would leave a slash behind.
-        let path = match name {
-            b"" => self.path.clone(),
-            name => self.path.join(OsStr::from_bytes(name)),
+        let path = |directory: &Path| match name {
+            b"" => directory.to_owned(),
+            name => directory.join(OsStr::from_bytes(name)),
         };
-        let io = |source| NarReadError::Io { path: path.clone(), source };
+        let io = |source| NarReadError::Io { path: path(&self.path), source };
         // A pipe in the place of a file would block the open itself.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
         let fd = if name.is_empty() {
@@ -72,7 +72,7 @@ impl OpenDirectory {
         let stat = rustix::fs::fstat(&fd).map_err(io)?;
         let regular = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         if !regular || file_meta(&stat) != meta {
-            return Err(NarReadError::Changed(path));
+            return Err(NarReadError::Changed(path(&self.path)));
         }
         Ok(fd)
     }
