@@ -12,10 +12,19 @@ use crate::connection::Client;
 use crate::store::{Store, StorePath};
 use crate::support::Daemon;
 
+/// How systemd starts the daemon.
+const UNIT: &str = include_str!("../../config/peernix.service");
 const PROGRAM: &str = env!("CARGO_BIN_EXE_peernix");
 /// In which a daemon has read all names.
 const READ_TIME: Duration = Duration::from_millis(500);
 const KIB_A_MB: f64 = 1e6 / 1024.0;
+
+/// What the unit sets, but for the home folder, which systemd fills in.
+fn environment() -> impl Iterator<Item = (&'static str, &'static str)> {
+    let set = UNIT.lines().filter_map(|line| line.strip_prefix("Environment="));
+    let set = set.flat_map(str::split_whitespace).filter_map(|set| set.split_once('='));
+    set.filter(|(name, _)| *name != "HOME")
+}
 
 /// A daemon that serves a store, and relays from another one if it knows one.
 pub(crate) struct Served {
@@ -32,7 +41,8 @@ impl Served {
             format!("[store]\nroot = {root:?}\n[trust]\nhost_keys = false\npublic_keys = [{keys}]\n");
         let url = |other: &Self| format!("[[peer]]\nurl = \"http://{}/nix-cache\"\n", other.address);
         settings.extend(other.map(url));
-        let program = Command::new(PROGRAM);
+        let mut program = Command::new(PROGRAM);
+        program.envs(environment());
         let (daemon, address, public_key) = Daemon::start(program, folder, name, "127.0.0.1:0", &settings);
         Self { daemon, address: address.parse().expect("an address"), public_key }
     }
