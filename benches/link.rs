@@ -10,14 +10,23 @@
 #[path = "support/network.rs"]
 mod network;
 mod support;
+#[path = "support/tools.rs"]
+mod tools;
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use network::Network;
 use support::Daemon;
 
+const TOOLS: &[(&str, &str)] = &[
+    ("nix-store", "nix-bin"),
+    ("unshare", "util-linux"),
+    ("nsenter", "util-linux"),
+    ("ip", "iproute2"),
+    ("curl", "curl"),
+];
 const PROGRAM: &str = env!("CARGO_BIN_EXE_peernix");
 /// Of the link as it is more, since they are short and little is between the two.
 const ROUNDS: usize = 3;
@@ -28,10 +37,13 @@ const PATH_SIZES: [u64; 6] = [4 << 20, 40 << 20, 1 << 20, 12 << 20, 2 << 20, 20 
 const SHORTEST_FILE: u64 = 32 * 1024;
 const HOLDER: &str = "10.78.0.1";
 
-fn main() {
+fn main() -> ExitCode {
     // `cargo bench` passes its own arguments to every bench, and `cargo test` runs them without any.
     if !std::env::args().any(|argument| argument == "--bench") {
-        return;
+        return ExitCode::SUCCESS;
+    }
+    if !tools::are_there(TOOLS) {
+        return ExitCode::FAILURE;
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let folder = folder.path();
@@ -79,6 +91,7 @@ fn main() {
             );
         }
     }
+    ExitCode::SUCCESS
 }
 
 fn median(times: &mut [Duration]) -> f64 {

@@ -7,13 +7,16 @@
 #![allow(missing_docs, reason = "a program without an interface")]
 
 mod support;
+#[path = "support/tools.rs"]
+mod tools;
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use support::Daemon;
 
+const TOOLS: &[(&str, &str)] = &[("nix", "nix-bin"), ("nix-build", "nix-bin")];
 const ROUNDS: usize = 7;
 
 /// A tree of 300 paths, and one large path alone. Input-addressed, so that Nix wants signatures.
@@ -37,10 +40,13 @@ let
 in [ (node 0) (build "relay-bench-large" 2048 null) ]
 "#;
 
-fn main() {
+fn main() -> ExitCode {
     // `cargo bench` passes its own arguments to every bench, and `cargo test` runs them without any.
     if !std::env::args().any(|argument| argument == "--bench") {
-        return;
+        return ExitCode::SUCCESS;
+    }
+    if !tools::are_there(TOOLS) {
+        return ExitCode::FAILURE;
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let folder = folder.path();
@@ -66,6 +72,7 @@ fn main() {
             relayed.as_secs_f64() / straight.as_secs_f64()
         );
     }
+    ExitCode::SUCCESS
 }
 
 fn median(times: &mut [Duration]) -> Duration {

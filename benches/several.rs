@@ -10,23 +10,35 @@
 #[path = "support/network.rs"]
 mod network;
 mod support;
+#[path = "support/tools.rs"]
+mod tools;
 
 use std::io::Write as _;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use network::Network;
 use support::Daemon;
 
+const TOOLS: &[(&str, &str)] = &[
+    ("nix-store", "nix-bin"),
+    ("unshare", "util-linux"),
+    ("nsenter", "util-linux"),
+    ("ip", "iproute2"),
+    ("curl", "curl"),
+];
 const ROUNDS: usize = 5;
 const SIZE: usize = 128 << 20;
 const NETWORK: &str = "10.78.0";
 
-fn main() {
+fn main() -> ExitCode {
     // `cargo bench` passes its own arguments to every bench, and `cargo test` runs them without any.
     if !std::env::args().any(|argument| argument == "--bench") {
-        return;
+        return ExitCode::SUCCESS;
+    }
+    if !tools::are_there(TOOLS) {
+        return ExitCode::FAILURE;
     }
     let folder = tempfile::tempdir().expect("a temporary folder");
     let folder = folder.path();
@@ -47,6 +59,7 @@ fn main() {
         let (both, one) = (median(&mut both), median(&mut one));
         println!("{what}: median from both {both:.3} s, from one {one:.3} s, ratio {:.3}", both / one);
     }
+    ExitCode::SUCCESS
 }
 
 fn median(times: &mut [Duration]) -> f64 {

@@ -144,7 +144,11 @@ impl Config {
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let config: Self = toml::from_str(text).map_err(|error| {
             let line = line_at(text, error.span().map_or(0, |span| span.start));
-            let message = explain(error.message(), text.lines().nth(line - 1).unwrap_or_default());
+            let message = explain(
+                error.message(),
+                text.lines().nth(line - 1).unwrap_or_default(),
+                section_of(text, line),
+            );
             ConfigError::Parse { path: path.to_owned(), line, message }
         })?;
         let checks = [
@@ -190,6 +194,12 @@ fn line_at(text: &str, at: usize) -> usize {
     before.iter().filter(|&&byte| byte == b'\n').count() + 1
 }
 
+/// The section that a line, counted from 1, stands in: what the last heading above it names.
+fn section_of(text: &str, line: usize) -> Option<&str> {
+    let heading = text.lines().take(line).filter(|line| line.trim_start().starts_with('[')).last()?;
+    heading.trim_start().trim_start_matches('[').split(']').next().map(str::trim)
+}
+
 /// The line of the key that a message begins with: `section.key: `. Of several peers it is the one whose URL it tells.
 fn line_of(text: &str, message: &str) -> Option<usize> {
     let (section, key) = message.split_once(": ")?.0.split_once('.')?;
@@ -212,7 +222,7 @@ fn line_of(text: &str, message: &str) -> Option<usize> {
 }
 
 /// The parser's message, with the key that it is about and what would be right.
-fn explain(message: &str, line: &str) -> String {
+fn explain(message: &str, line: &str, section: Option<&str>) -> String {
     let message = in_plain_words(&message.replace('\n', " "), line.trim());
     let right = match &*message {
         text if text.contains("invalid socket address") && line.contains("listen") => LISTEN_FORM,
@@ -226,7 +236,10 @@ fn explain(message: &str, line: &str) -> String {
     let right = if right.is_empty() { String::new() } else { format!("; {right}") };
     let key = line.split_once('=').map(|(key, _)| key.trim()).filter(|key| !key.is_empty());
     match key.filter(|key| !message.contains(&format!("`{key}`"))) {
-        Some(key) => format!("{key}: {message}{right}"),
+        Some(key) => {
+            let section = section.map(|section| format!("{section}.")).unwrap_or_default();
+            format!("{section}{key}: {message}{right}")
+        }
         None => format!("{message}{right}"),
     }
 }
@@ -421,31 +434,35 @@ mod tests {
             ("[[http]]\npriority = 3\n", "1: `[[http]]` stands once: single brackets"),
             (
                 "[resolve]\nverify_first = -1\n",
-                "2: verify_first: invalid value: integer `-1`, expected a size: \"16 KiB\", or bytes from 0 on",
+                "2: resolve.verify_first: invalid value: integer `-1`, expected a size: \"16 KiB\", or bytes from 0 on",
             ),
             (
                 "[resolve]\nverify_first = \"x\"\n",
-                "2: verify_first: invalid value: string \"x\", expected a size: \"16 KiB\", or bytes from 0 on",
+                "2: resolve.verify_first: invalid value: string \"x\", expected a size: \"16 KiB\", or bytes from 0 on",
             ),
             (
                 "[discovery]\nport = 70000\n",
-                "2: port: invalid value: integer `70000`, expected a whole number from 0 to 65535",
+                "2: discovery.port: invalid value: integer `70000`, expected a whole number from 0 to 65535",
             ),
             (
                 "[limits]\nrequests_per_second = -1\n",
-                "2: requests_per_second: invalid value: integer `-1`, expected a whole number from 0 to 4294967295",
+                "2: limits.requests_per_second: invalid value: integer `-1`, expected a whole number from 0 to 4294967295",
             ),
             (
                 "[cache]\nentries = -1\n",
-                "2: entries: invalid value: integer `-1`, expected a whole number from 0 on",
+                "2: cache.entries: invalid value: integer `-1`, expected a whole number from 0 on",
             ),
             (
                 "[cache]\nentries = 99999999999999999999999\n",
-                "2: entries: 99999999999999999999999 is too large",
+                "2: cache.entries: 99999999999999999999999 is too large",
             ),
             (
                 "[trust]\npublic_keys = \"a b\"\n",
-                "2: public_keys: invalid type: string \"a b\", expected a list in square brackets",
+                "2: trust.public_keys: invalid type: string \"a b\", expected a list in square brackets",
+            ),
+            (
+                "[http]\npriority = 3\n  [[ peer ]] # one\nurl = 5\n",
+                "4: peer.url: invalid type: integer `5`, expected a string",
             ),
         ] {
             assert_eq!(complaint(text), format!("peernix.toml:{expected}"));

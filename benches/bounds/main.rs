@@ -32,6 +32,7 @@ use store::{Store, StorePath};
 use table::{Table, Wanted};
 
 const TOOLS: &[(&str, &str)] = &[("nix-store", "nix-bin")];
+const PARTS: &[&str] = &["starts", "idle", "slow", "long"];
 const PATHS: usize = 100_000;
 const STARTS: usize = 15;
 const IDLE: usize = 1000;
@@ -49,6 +50,10 @@ fn main() -> ExitCode {
     // `cargo bench` passes its own arguments to every bench, and `cargo test` runs them without any.
     if !std::env::args().any(|argument| argument == "--bench") {
         return ExitCode::SUCCESS;
+    }
+    if let Some(part) = asked_for().into_iter().flatten().find(|part| !PARTS.contains(&&**part)) {
+        eprintln!("{part} is none of {}", PARTS.join(", "));
+        return ExitCode::from(2);
     }
     if !tools::are_there(TOOLS) {
         return ExitCode::FAILURE;
@@ -70,10 +75,14 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Whether this part is to be measured: all are, unless some are named.
+/// The parts that are to be measured: all, unless some are named.
+fn asked_for() -> Option<Vec<String>> {
+    let only = std::env::args().skip_while(|argument| argument != "--only").nth(1)?;
+    Some(only.split(',').map(str::to_owned).collect())
+}
+
 fn is_asked_for(part: &str) -> bool {
-    let only = std::env::args().skip_while(|argument| argument != "--only").nth(1);
-    only.is_none_or(|only| only.split(',').any(|asked| asked == part))
+    asked_for().is_none_or(|only| only.iter().any(|asked| asked == part))
 }
 
 fn with_many_paths(folder: &Path, table: &mut Table) {

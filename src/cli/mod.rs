@@ -198,20 +198,25 @@ fn check_config(common: &Common) -> anyhow::Result<()> {
     let (config, file) = config(common)?;
     let (signer, store_is_there) = check_named(&config, file.as_deref())?;
     logging::filter(&config.log)?;
-    let mut out = std::io::stdout().lock();
-    match file {
-        Some(file) => writeln!(out, "{} is good", file.display())?,
-        None => writeln!(out, "there is no {}: the defaults are good", config::DEFAULT_FILE)?,
-    }
+    let mut warnings = Vec::new();
     if !store_is_there {
         let directory = config.store.directory();
-        writeln!(out, "warning: there is no store at {} yet: {NOTHING_SERVED}", directory.display())?;
+        warnings.push(format!("there is no store at {} yet: {NOTHING_SERVED}", directory.display()));
     }
     if let Err(error) = config.store.find_nix_store() {
-        writeln!(out, "warning: {error}; {NOTHING_SERVED}")?;
+        warnings.push(format!("{error}; {NOTHING_SERVED}"));
     }
     for file in config.signing.open_to_all() {
-        writeln!(out, "warning: every user of this machine may read {}: chmod 600 it", file.display())?;
+        warnings.push(format!("every user of this machine may read {}: chmod 600 it", file.display()));
+    }
+    let mut out = std::io::stdout().lock();
+    let but = if warnings.is_empty() { "" } else { ", but:" };
+    match file {
+        Some(file) => writeln!(out, "{} is good{but}", file.display())?,
+        None => writeln!(out, "there is no {}: the defaults are good{but}", config::DEFAULT_FILE)?,
+    }
+    for warning in warnings {
+        writeln!(out, "warning: {warning}")?;
     }
     if signer.public_keys().is_empty() {
         writeln!(out, "signs with a key of its own, which is made in the state folder at first start")?;

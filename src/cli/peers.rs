@@ -13,7 +13,8 @@ const ANSWER_TIME: Duration = Duration::from_secs(5);
 const NOBODY: &str = "\
 no peer is known yet. Hosts of one LAN find each other within seconds, if their firewalls let UDP 9999 (discovery.port)
 and UDP 5353 (multicast DNS) in, and TCP 9999 (http.listen) for what they fetch from each other. A host that broadcasts
-can't reach is named in discovery.targets, one that announces nothing as a [[peer]].";
+can't reach is named in discovery.targets, one that announces nothing as a [[peer]]. With discovery.enable = false only
+these are known.";
 
 #[derive(Deserialize)]
 struct Row {
