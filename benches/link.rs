@@ -20,13 +20,7 @@ use std::time::{Duration, Instant};
 use network::Network;
 use support::Daemon;
 
-const TOOLS: &[(&str, &str)] = &[
-    ("nix-store", "nix-bin"),
-    ("unshare", "util-linux"),
-    ("nsenter", "util-linux"),
-    ("ip", "iproute2"),
-    ("curl", "curl"),
-];
+const TOOLS: &[(&str, &str)] = &[("nix-store", "nix-bin"), ("curl", "curl")];
 const PROGRAM: &str = env!("CARGO_BIN_EXE_peernix");
 /// Of the link as it is more, since they are short and little is between the two.
 const ROUNDS: usize = 3;
@@ -42,7 +36,7 @@ fn main() -> ExitCode {
     if !std::env::args().any(|argument| argument == "--bench") {
         return ExitCode::SUCCESS;
     }
-    if !tools::are_there(TOOLS) {
+    if !tools::are_there(&[network::TOOLS, TOOLS].concat()) {
         return ExitCode::FAILURE;
     }
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -21,13 +21,7 @@ use std::time::{Duration, Instant};
 use network::Network;
 use support::Daemon;
 
-const TOOLS: &[(&str, &str)] = &[
-    ("nix-store", "nix-bin"),
-    ("unshare", "util-linux"),
-    ("nsenter", "util-linux"),
-    ("ip", "iproute2"),
-    ("curl", "curl"),
-];
+const TOOLS: &[(&str, &str)] = &[("nix-store", "nix-bin"), ("curl", "curl")];
 const ROUNDS: usize = 5;
 const SIZE: usize = 128 << 20;
 const NETWORK: &str = "10.78.0";
@@ -37,7 +31,7 @@ fn main() -> ExitCode {
     if !std::env::args().any(|argument| argument == "--bench") {
         return ExitCode::SUCCESS;
     }
-    if !tools::are_there(TOOLS) {
+    if !tools::are_there(&[network::TOOLS, TOOLS].concat()) {
         return ExitCode::FAILURE;
     }
     let folder = tempfile::tempdir().expect("a temporary folder");

@@ -46,7 +46,6 @@ const GAINS: usize = 40;
 const DAEMON: &str = "10.78.0.1:9999";
 /// As long as a peer may leave a question open: what goes on by itself has had its turn in it.
 const QUIET: Duration = peernix::peer::HOLDINGS_WAIT;
-const TOOLS: &[(&str, &str)] = &[("unshare", "util-linux"), ("nsenter", "util-linux"), ("ip", "iproute2")];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -58,7 +57,7 @@ fn main() -> ExitCode {
         played::play(daemon.parse().expect("an address"), Playing::named(how));
         return ExitCode::SUCCESS;
     }
-    if !tools::are_there(TOOLS) {
+    if !tools::are_there(network::TOOLS) {
         return ExitCode::FAILURE;
     }
     let (here, there) = (Network::new(), Network::new());

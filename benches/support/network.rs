@@ -3,6 +3,10 @@
 use std::io::{BufRead as _, BufReader};
 use std::process::{Child, Command, Stdio};
 
+/// What it takes, each with the Debian package that has it.
+pub(crate) const TOOLS: &[(&str, &str)] =
+    &[("unshare", "util-linux"), ("nsenter", "util-linux"), ("ip", "iproute2")];
+
 /// A network namespace that lives as long as this.
 pub(crate) struct Network(Child);
 

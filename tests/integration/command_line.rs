@@ -38,7 +38,10 @@ fn what_cannot_be_started_says_why_and_leaves_nothing() {
     check(with("prioritty = 3\n"), &["peernix.toml:5: unknown field `prioritty`", "`priority`"]);
     check(with("drain_time = 5\n"), &["peernix.toml:5: http.drain_time: ", "\"30s\""]);
     check(with("allow = [\"10.0.0.1\"]\n"), &["peernix.toml:5: http.allow: ", "\"10.0.0.0/8\""]);
-    check(with("[limits]\nheader_size = \"16 KiBB\"\n"), &["peernix.toml:6: limits.header_size: ", "\"16 KiB\""]);
+    check(
+        with("[limits]\nheader_size = \"16 KiBB\"\n"),
+        &["peernix.toml:6: limits.header_size: ", "\"16 KiB\""],
+    );
     check(
         with("[store]\nroot = \"/nowhere/store\"\n"),
         &["peernix.toml: the store /nowhere/store does not exist: make it, or correct store.root"],
