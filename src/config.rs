@@ -143,14 +143,15 @@ impl Config {
     /// Reads and checks a configuration; `path` is only for what is said of errors.
     pub fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
         let config: Self = toml::from_str(text).map_err(|error| {
-            let line = line_at(text, error.span().map_or(0, |span| span.start));
-            let message = explain(
-                error.message(),
-                text.lines().nth(line - 1).unwrap_or_default(),
-                section_of(text, line),
-            );
+            let at = error.span().map_or(0, |span| span.start);
+            let line = line_at(text, at);
+            let message =
+                explain(error.message(), text.lines().nth(line - 1).unwrap_or_default(), key_at(text, at));
             ConfigError::Parse { path: path.to_owned(), line, message }
         })?;
+        if let Some((line, message)) = list_for_section(text) {
+            return Err(ConfigError::Parse { path: path.to_owned(), line, message });
+        }
         let checks = [
             config.http.check(),
             config.limits.check(),
@@ -194,10 +195,31 @@ fn line_at(text: &str, at: usize) -> usize {
     before.iter().filter(|&&byte| byte == b'\n').count() + 1
 }
 
-/// The section that a line, counted from 1, stands in: what the last heading above it names.
-fn section_of(text: &str, line: usize) -> Option<&str> {
-    let heading = text.lines().take(line).filter(|line| line.trim_start().starts_with('[')).last()?;
-    heading.trim_start().trim_start_matches('[').split(']').next().map(str::trim)
+/// A list where a section has to be, which serde takes as the values of its keys in their order; and its line.
+fn list_for_section(text: &str) -> Option<(usize, String)> {
+    let table = DeTable::parse(text).ok()?;
+    let is_list = |value: &DeValue<'_>| matches!(value, DeValue::Array(_));
+    let (key, _) =
+        table.get_ref().iter().find(|(key, value)| *key.get_ref() != "peer" && is_list(value.get_ref()))?;
+    let name = key.get_ref();
+    Some((line_at(text, key.span().start), format!("{name}: a list, expected a section: `[{name}]`")))
+}
+
+/// The key whose value is at this place in the text, with its section.
+fn key_at(text: &str, at: usize) -> Option<String> {
+    let table = DeTable::parse(text).ok()?;
+    let inside = |table: &DeTable<'_>| {
+        let found = table.iter().find(|(_, value)| value.span().contains(&at));
+        found.map(|(key, _)| key.get_ref().to_string())
+    };
+    table.get_ref().iter().find_map(|(section, value)| match value.get_ref() {
+        DeValue::Table(table) => inside(table).map(|key| format!("{}.{key}", section.get_ref())),
+        DeValue::Array(tables) => {
+            let key = tables.iter().find_map(|table| inside(table.get_ref().as_table()?));
+            key.map(|key| format!("{}.{key}", section.get_ref()))
+        }
+        _ => value.span().contains(&at).then(|| section.get_ref().to_string()),
+    })
 }
 
 /// The line of the key that a message begins with: `section.key: `. Of several peers it is the one whose URL it tells.
@@ -222,7 +244,7 @@ fn line_of(text: &str, message: &str) -> Option<usize> {
 }
 
 /// The parser's message, with the key that it is about and what would be right.
-fn explain(message: &str, line: &str, section: Option<&str>) -> String {
+fn explain(message: &str, line: &str, key: Option<String>) -> String {
     let message = in_plain_words(&message.replace('\n', " "), line.trim());
     let right = match &*message {
         text if text.contains("invalid socket address") && line.contains("listen") => LISTEN_FORM,
@@ -234,12 +256,8 @@ fn explain(message: &str, line: &str, section: Option<&str>) -> String {
         _ => "",
     };
     let right = if right.is_empty() { String::new() } else { format!("; {right}") };
-    let key = line.split_once('=').map(|(key, _)| key.trim()).filter(|key| !key.is_empty());
-    match key.filter(|key| !message.contains(&format!("`{key}`"))) {
-        Some(key) => {
-            let section = section.map(|section| format!("{section}.")).unwrap_or_default();
-            format!("{section}{key}: {message}{right}")
-        }
+    match key {
+        Some(key) => format!("{key}: {message}{right}"),
         None => format!("{message}{right}"),
     }
 }
@@ -427,11 +445,16 @@ mod tests {
     fn a_value_of_the_wrong_kind_is_told_with_what_would_be_right() {
         for (text, expected) in [
             ("[peer]\nurl = \"http://a\"\n", "1: invalid type: map, expected `[[peer]]`, once for each peer"),
-            (
-                "peer.url = \"http://a\"\n",
-                "1: peer.url: invalid type: map, expected `[[peer]]`, once for each peer",
-            ),
+            ("peer.url = \"http://a\"\n", "1: invalid type: map, expected `[[peer]]`, once for each peer"),
             ("[[http]]\npriority = 3\n", "1: `[[http]]` stands once: single brackets"),
+            ("\nhttp = []\n", "2: http: a list, expected a section: `[http]`"),
+            (
+                "[http]\nallow = [\n \"10.0.0.1\", # a = b\n]\n",
+                "3: http.allow: invalid IP address syntax; a network reads \"10.0.0.0/8\" or \"fd00::/8\"",
+            ),
+            ("[[peer]] # url = later\n", "1: missing field `url`"),
+            ("[log]\nfilter = \"\"\"\n[x]\n\"\"\"\nformat = 5\n", "5: log.format: wanted string or table"),
+            ("discovery = [false]\n", "1: discovery: a list, expected a section: `[discovery]`"),
             (
                 "[resolve]\nverify_first = -1\n",
                 "2: resolve.verify_first: invalid value: integer `-1`, expected a size: \"16 KiB\", or bytes from 0 on",

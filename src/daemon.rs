@@ -200,7 +200,8 @@ impl Daemon {
         if let Err(error) = self.spools.close(LEAVE_TIME).await {
             tracing::warn!(%error, "a spool is still read");
         }
-        self.store.remember_names().await;
+        // A disk that does not answer keeps nobody.
+        let _ = tokio::time::timeout(LEAVE_TIME, self.store.remember_names()).await;
         drop(self.store);
         let _ = self.store_task.await;
     }

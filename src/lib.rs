@@ -40,8 +40,7 @@
 //! for before is answered at once: `store::known` compares the path's stamp (device, inode, change time; one `lstat`)
 //! and its lease's generation, and the narinfo was signed and printed the first time. Otherwise `store::names` has the
 //! name for the hash part (after a start from `store::remembered_names`, or as soon as it was read, while the rest of the directory is),
-//! `store::leases` leases
-//! and asks (in one batch with whoever else waits; the processes behind it belong to `store::lease_office`), and
+//! `store::leases` leases and asks (in one batch with whoever else waits; the processes behind it belong to `store::lease_office`), and
 //! [`resolve`] adds our signatures behind the stored ones.
 //!
 //! ## The way of a NAR request

@@ -11,20 +11,12 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::connection::Client;
 use crate::store::{Store, StorePath};
 use crate::support::Daemon;
+use crate::support::unit::environment;
 
-/// How systemd starts the daemon.
-const UNIT: &str = include_str!("../../config/peernix.service");
 const PROGRAM: &str = env!("CARGO_BIN_EXE_peernix");
 /// In which a daemon has read all names.
 const READ_TIME: Duration = Duration::from_millis(500);
 const KIB_A_MB: f64 = 1e6 / 1024.0;
-
-/// What the unit sets, but for the home folder, which systemd fills in.
-fn environment() -> impl Iterator<Item = (&'static str, &'static str)> {
-    let set = UNIT.lines().filter_map(|line| line.strip_prefix("Environment="));
-    let set = set.flat_map(str::split_whitespace).filter_map(|set| set.split_once('='));
-    set.filter(|(name, _)| *name != "HOME")
-}
 
 /// A daemon that serves a store, and relays from another one if it knows one.
 pub(crate) struct Served {
@@ -41,8 +33,7 @@ impl Served {
             format!("[store]\nroot = {root:?}\n[trust]\nhost_keys = false\npublic_keys = [{keys}]\n");
         let url = |other: &Self| format!("[[peer]]\nurl = \"http://{}/nix-cache\"\n", other.address);
         settings.extend(other.map(url));
-        let mut program = Command::new(PROGRAM);
-        program.envs(environment());
+        let program = Command::new(PROGRAM);
         let (daemon, address, public_key) = Daemon::start(program, folder, name, "127.0.0.1:0", &settings);
         Self { daemon, address: address.parse().expect("an address"), public_key }
     }
@@ -85,7 +76,8 @@ pub(crate) fn first_answer(folder: &Path, state: &Path, store: &Store, path: &St
     let file = folder.join("first.toml");
     fs::write(&file, settings).expect("a configuration");
     let mut program = Command::new(PROGRAM);
-    program.args(["--listen", &address.to_string(), "--config"]).arg(&file).stderr(Stdio::null());
+    program.envs(environment()).args(["--listen", &address.to_string(), "--config"]).arg(&file);
+    program.stderr(Stdio::null());
     let began = Instant::now();
     let mut process = program.spawn().expect("the daemon");
     let answers = || {
@@ -101,6 +93,9 @@ pub(crate) fn first_answer(folder: &Path, state: &Path, store: &Store, path: &St
     std::thread::sleep(READ_TIME);
     kill_process(Pid::from_child(&process), Signal::TERM).expect("a process");
     assert!(process.wait().expect("its end").success());
+    let names = fs::read_to_string(state.join("names")).expect("what is remembered");
+    let there = fs::read_dir(store.directory()).expect("a store").flatten();
+    assert_eq!(names.lines().count(), there.filter(|entry| entry.file_name().len() > 32).count());
     took.as_secs_f64() * 1e3
 }
 

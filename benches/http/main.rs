@@ -19,6 +19,8 @@ mod store;
 mod table;
 #[path = "../support/tools.rs"]
 mod tools;
+#[path = "../support/unit.rs"]
+mod unit;
 
 use std::collections::HashMap;
 use std::process::ExitCode;

@@ -10,6 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::connection::Client;
 use crate::store::Store;
+use crate::unit::environment;
 
 /// /proc counts CPU time in hundredths of a second, on every Linux.
 const TICKS: f64 = 100.0;
@@ -38,7 +39,7 @@ impl Server {
             Kind::Peernix => peernix(store, address),
             Kind::Nginx => nginx(folder, address),
         };
-        program.stderr(File::create(&log).expect("a log"));
+        program.envs(environment()).stderr(File::create(&log).expect("a log"));
         let wanted = format!("/{}.narinfo", store.large);
         let began = Instant::now();
         let process = program.spawn().expect("a server");

@@ -4,6 +4,8 @@ use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
+pub(crate) mod unit;
+
 /// Killed when dropped.
 pub(crate) struct Daemon(pub(crate) Child);
 
@@ -23,7 +25,7 @@ impl Daemon {
         let file = folder.join(format!("{name}.toml"));
         std::fs::write(&file, settings).expect("a configuration");
         program.args(["--listen", listen, "--config"]).arg(&file).stderr(Stdio::piped());
-        let mut process = program.spawn().expect("the daemon");
+        let mut process = program.envs(unit::environment()).spawn().expect("the daemon");
         let mut lines = BufReader::new(process.stderr.take().expect("its log")).lines().map_while(Result::ok);
         let mut told = |message: &str, field: &str| {
             let line = lines

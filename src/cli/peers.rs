@@ -113,7 +113,9 @@ fn speed(bytes_per_second: f64) -> String {
 async fn ask(url: &str) -> anyhow::Result<Vec<Row>> {
     let client = crate::peer::http_client(url)?.timeout(ANSWER_TIME).build();
     let request = client.context("no HTTP client can be made")?;
-    let request = request.get(format!("{}/api/v1/peers", url.trim_end_matches('/')));
+    // As it stands in nix.conf, too.
+    let base = url.trim_end_matches('/').trim_end_matches("/nix-cache");
+    let request = request.get(format!("{base}/api/v1/peers"));
     let answer = request.send().await.map_err(|error| told(url, &error))?;
     let answer = answer.error_for_status().map_err(|error| told(url, &error))?;
     let body = answer.bytes().await.map_err(|error| told(url, &error))?;

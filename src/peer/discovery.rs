@@ -20,6 +20,8 @@ use super::wire::{FEATURE_GAINED, MAX_GAINED, Message};
 use super::{LocalPaths, News, Options, Peers, follow, saved};
 use crate::nix::StorePathHash;
 
+/// How long the known peers may take to be written down at the end.
+const SAVE_TIME: Duration = Duration::from_secs(1);
 /// Announcements at start and after a change of interfaces, in quick succession: a lost one is made up for at once.
 const BURST: [Duration; 4] =
     [Duration::ZERO, Duration::from_millis(250), Duration::from_millis(600), Duration::from_millis(1200)];
@@ -121,7 +123,8 @@ impl Discovery {
         if let Some(mdns) = self.mdns.take() {
             let _ = tokio::time::timeout(Duration::from_secs(2), mdns.stop()).await;
         }
-        save(self.file, &self.peers).await;
+        // A disk that does not answer keeps nobody.
+        let _ = tokio::time::timeout(SAVE_TIME, save(self.file, &self.peers)).await;
     }
 }
 

@@ -137,8 +137,9 @@ impl Drop for Inner {
 }
 
 impl Store {
-    /// Opens the store; `gained` is told of paths that come, and the names are remembered in the folder `state`. Returns with it the task that owns its processes and ends after the last handle does. No
-    /// Nix on the machine is no error: every answer is "not here" until there is.
+    /// Opens the store; `gained` is told of paths that come, and the names are remembered in the folder `state`. Returns with it
+    /// the task that owns its processes and ends after the last handle does. No Nix on the machine is no error: every answer is
+    /// "not here" until there is.
     pub fn open(
         options: Options,
         state: Option<&Path>,

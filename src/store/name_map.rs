@@ -31,11 +31,6 @@ impl NameMap {
         self.0.keys()
     }
 
-    /// The paths, without their locks.
-    pub(super) fn paths(&self) -> impl Iterator<Item = StorePath> {
-        self.0.keys().filter_map(|hash| self.path(hash)).filter(|path| !is_lock(path))
-    }
-
     pub(super) fn contains(&self, hash: &StorePathHash) -> bool {
         self.0.contains_key(hash)
     }
@@ -137,12 +132,10 @@ mod tests {
         let mut names = NameMap::default();
         names.insert(&lock);
         assert_eq!(names.path(&hash).as_ref(), Some(&lock));
-        assert!(names.paths().next().is_none());
         for _ in 0..2 {
             names.insert(&text);
         }
         assert_eq!((names.path(&hash).as_ref(), names.len()), (Some(&text), 1));
-        assert!(names.paths().eq([text.clone()]));
         names.remove(&lock);
         names.remove(&lock);
         assert_eq!(names.path(&hash).as_ref(), Some(&text));

@@ -90,10 +90,10 @@ impl Names {
                 batches.changed().await.ok()?;
             }
         };
+        let is_first = self.watch().scanned.is_none();
         let remembered = async {
-            let (remembered, hash) = (self.remembered.clone(), *hash);
-            let found = tokio::task::spawn_blocking(move || remembered.find(&hash)).await;
-            match found.ok().flatten() {
+            let found = if is_first { self.remembered.find(hash).await } else { None };
+            match found {
                 Some(path) => path,
                 None => std::future::pending().await,
             }
@@ -116,13 +116,14 @@ impl Names {
         self.names().path(hash)
     }
 
-    /// Writes down what is known for [`Names::find_early`] after the next start. Nothing if it was never read.
+    /// Writes down what is known for [`Names::find_early`] after the next start. Nothing if it was never read. Blocking.
     pub(super) fn remember(&self) -> std::io::Result<()> {
         if self.watch().scanned.is_none() {
             return Ok(());
         }
-        let paths: Vec<StorePath> = self.names().paths().collect();
-        self.remembered.save(paths.into_iter())
+        let hashes = self.names().hashes().copied().collect();
+        let path = |hash: &StorePathHash| self.names().path(hash).filter(|path| !is_lock(path));
+        self.remembered.save(hashes, path)
     }
 
     /// Waits for the end of the first scan.
@@ -398,7 +399,7 @@ mod tests {
         let state = tempfile::tempdir().unwrap();
         let remembered = RememberedNames::new(Some(state.path()));
         let two = path(&format!("{}-before", "2".repeat(32)));
-        remembered.save([two.clone()].into_iter()).unwrap();
+        remembered.save(vec![hash("2")], |_| Some(two.clone())).unwrap();
         let names = Arc::new(Names::new(
             folder.path().to_owned(),
             remembered,
@@ -427,7 +428,7 @@ mod tests {
         assert!(names.find_early(&zero).await.is_none());
         // What is remembered from now on is what was read.
         names.remember().unwrap();
-        assert!(RememberedNames::new(Some(state.path())).find(&hash("2")).is_none());
+        assert!(RememberedNames::new(Some(state.path())).find(&hash("2")).await.is_none());
     }
 
     async fn waits(future: &mut (impl Future + Unpin)) -> bool {

@@ -35,8 +35,8 @@ pub(super) struct NarChunks {
     copy: Option<CopiedTo>,
     /// Who reads takes spans, too: then what comes before one is given out by itself.
     takes_spans: bool,
-    /// So far everything was in memory.
-    is_cached: bool,
+    /// Small files could be opened and read here and now when that was tried last.
+    may_read: bool,
 }
 
 /// Where each chunk is written to as well, from its place on.
@@ -58,7 +58,7 @@ struct Filled {
 impl NarChunks {
     pub(super) fn new(reader: NarReader, pool: BufferPool) -> Self {
         let rest = Some(Box::new(reader));
-        Self { rest, tasks: VecDeque::new(), pool, copy: None, takes_spans: false, is_cached: true }
+        Self { rest, tasks: VecDeque::new(), pool, copy: None, takes_spans: false, may_read: true }
     }
 
     /// Writes each chunk into the file too, before it is given out.
@@ -116,21 +116,27 @@ impl NarChunks {
             return Ok(None);
         }
         let Some(rest) = &mut self.rest else { return Ok(None) };
-        let mut buffer = if rest.is_inside_file(CHUNK as u64) {
+        // Whatever was missing before: a file that the socket takes has to be opened here.
+        let leads_to_span = self.takes_spans && rest.is_near_file(SHORTEST);
+        let is_inside_file = rest.is_inside_file(CHUNK as u64);
+        let mut buffer = if is_inside_file {
             self.pool.take()
-        } else if self.is_cached && rest.is_quick(SHORT_CHUNK as u64) {
+        } else if (self.may_read || leads_to_span) && rest.is_quick(SHORT_CHUNK as u64) {
             self.pool.take_short()
         } else {
             return Ok(None);
         };
         // The socket takes what follows.
         let at_file = if self.takes_spans { SHORTEST } else { u64::MAX };
-        match rest.fill_cached(&mut buffer, at_file) {
+        let filled = rest.fill_cached(&mut buffer, at_file);
+        if !is_inside_file {
+            // If nothing is there, tasks read what follows, several chunks at once.
+            self.may_read = matches!(filled, Ok(1..));
+        }
+        match filled {
             Ok(filled) if filled > 0 => Ok(Some(self.pool.share(buffer, filled))),
             nothing => {
                 self.pool.give_back(buffer);
-                // What comes next hardly is, and tasks read several chunks at once.
-                self.is_cached = false;
                 nothing.map(|_| None)
             }
         }
@@ -196,6 +202,28 @@ mod tests {
 
     use super::super::tree::lay_out;
     use super::*;
+
+    #[tokio::test]
+    async fn what_the_socket_takes_is_opened_here_whatever_was_missing_before() {
+        let folder = tempfile::tempdir().unwrap();
+        for file in 0..3 {
+            std::fs::write(folder.path().join(format!("f{file}")), vec![b'x'; 100_000]).unwrap();
+        }
+        let layout = Arc::new(lay_out(folder.path()).unwrap());
+        let reader = NarReader::new(folder.path().to_owned(), Arc::clone(&layout), 0..layout.len());
+        let mut chunks = NarChunks::new(reader, BufferPool::default());
+        let (mut spans, mut read) = (0, 0);
+        while read < layout.len() {
+            chunks.may_read = false;
+            if let Some(span) = chunks.span() {
+                (spans, read) = (spans + 1, read + span.len() as u64);
+                continue;
+            }
+            read += poll_fn(|context| chunks.poll_next(context)).await.unwrap().unwrap().len() as u64;
+            assert!(chunks.tasks.is_empty());
+        }
+        assert_eq!(spans, 3);
+    }
 
     #[tokio::test]
     async fn a_chunk_keeps_its_place_until_it_is_taken() {

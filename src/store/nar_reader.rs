@@ -105,6 +105,19 @@ impl NarReader {
         false
     }
 
+    /// Whether the next file that is not empty is near, and has at least `bytes`.
+    pub(super) fn is_near_file(&self, bytes: u64) -> bool {
+        if self.skip > 0 || self.file.is_some() {
+            return false;
+        }
+        let (mut cursor, mut literal) = (self.cursor, Vec::new());
+        (0..NEAR).find_map(|_| match cursor.advance(&self.layout, &mut literal) {
+            Step::File { meta, .. } if meta.size > 0 => Some(meta.size.min(self.remaining) >= bytes),
+            Step::Finished => Some(false),
+            _ => None,
+        }) == Some(true)
+    }
+
     /// Whether a file comes next of which at least `bytes` are left, opened or not.
     pub(super) fn is_at_file(&self, bytes: u64) -> bool {
         if self.file.is_some() || self.literal_at < self.literal.len() {
