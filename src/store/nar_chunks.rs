@@ -116,12 +116,13 @@ impl NarChunks {
             return Ok(None);
         }
         let Some(rest) = &mut self.rest else { return Ok(None) };
-        // Whatever was missing before: a file that the socket takes has to be opened here.
-        let leads_to_span = self.takes_spans && rest.is_near_file(SHORTEST);
         let is_inside_file = rest.is_inside_file(CHUNK as u64);
         let mut buffer = if is_inside_file {
             self.pool.take()
-        } else if (self.may_read || leads_to_span) && rest.is_quick(SHORT_CHUNK as u64) {
+        } else if (self.may_read && rest.is_quick(SHORT_CHUNK as u64))
+            // Whatever was missing before: a file that the socket takes has to be opened here.
+            || (self.takes_spans && rest.is_near_file(SHORTEST))
+        {
             self.pool.take_short()
         } else {
             return Ok(None);
