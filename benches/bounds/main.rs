@@ -34,7 +34,7 @@ use table::{Table, Wanted};
 const TOOLS: &[(&str, &str)] = &[("nix-store", "nix-bin")];
 const PARTS: &[&str] = &["starts", "idle", "slow", "long"];
 const PATHS: usize = 100_000;
-const STARTS: usize = 15;
+const STARTS: usize = 31;
 const IDLE: usize = 1000;
 const SLOW: usize = 100;
 /// Rounds of what asks for whole NARs.

@@ -15,6 +15,7 @@ mod lease_holder;
 mod lease_office;
 mod leases;
 mod name_events;
+mod name_list;
 mod name_map;
 mod names;
 mod nar_chunks;

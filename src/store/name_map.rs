@@ -1,123 +1,143 @@
-//! Names by hash part, and how a directory's are read.
+//! Names by hash part.
 //!
-//! A path and its `.lock` share a hash part, so there may be several names to one; mostly there is one, which then takes one
-//! allocation.
+//! A path and its `.lock` share a hash part, so there may be several names to one. A store has hundreds of thousands: their names
+//! lie in one text, and whether one is a store path's is looked at when it is asked for.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::ffi::CStr;
-use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, RawDir};
-use rustix::io::Errno;
-
+use super::name_list::{NameList, Place, path_named};
 use crate::nix::{StorePath, StorePathHash};
 
-/// How much of a directory is asked for at once, in bytes: about a thousand names. A larger one is not read faster.
-const BUFFER: usize = 64 * 1024;
 /// Between the names of one hash part. No name has it in it.
-const BETWEEN: char = '/';
+const BETWEEN: u8 = b'/';
 
 /// Names without their hash parts, by these.
 #[derive(Debug, Default)]
-pub(super) struct NameMap(HashMap<StorePathHash, Box<str>>);
+pub(super) struct NameMap {
+    places: HashMap<StorePathHash, Place>,
+    text: Vec<u8>,
+    /// How much of the text is nobody's any more.
+    waste: usize,
+}
+
+impl From<NameList> for NameMap {
+    fn from(list: NameList) -> Self {
+        let NameList { names, text } = list;
+        let mut map = Self { places: HashMap::with_capacity(names.len()), text, waste: 0 };
+        for (hash, place) in names {
+            map.put(hash, place);
+        }
+        map
+    }
+}
 
 impl NameMap {
     pub(super) fn len(&self) -> usize {
-        self.0.len()
+        self.places.len()
     }
 
     pub(super) fn hashes(&self) -> impl Iterator<Item = &StorePathHash> {
-        self.0.keys()
+        self.places.keys()
     }
 
     pub(super) fn contains(&self, hash: &StorePathHash) -> bool {
-        self.0.contains_key(hash)
+        self.places.contains_key(hash)
     }
 
     /// With the shortest name, which is the path's; the longer ones are its lock's and its like.
     pub(super) fn path(&self, hash: &StorePathHash) -> Option<StorePath> {
-        let name = each(self.0.get(hash)?).min_by_key(|name| name.len())?;
-        StorePath::from_basename(format!("{hash}-{name}").as_bytes()).ok()
+        let paths = self.names(hash).filter_map(|name| path_named(hash, name));
+        paths.min_by_key(|path| path.name().len())
     }
 
     pub(super) fn insert(&mut self, path: &StorePath) {
-        match self.0.entry(StorePathHash::of(path)) {
+        let start = self.text.len();
+        // Names of 4 GiB: what comes beyond them is not known.
+        let Some(place) = Place::new(start..start + path.name().len()) else { return };
+        self.text.extend_from_slice(path.name().as_bytes());
+        self.put(StorePathHash::of(path), place);
+    }
+
+    /// Adds a name that is in the text already.
+    fn put(&mut self, hash: StorePathHash, place: Place) {
+        let mut there = match self.places.entry(hash) {
             Entry::Vacant(vacant) => {
-                vacant.insert(path.name().into());
+                vacant.insert(place);
+                return;
             }
-            Entry::Occupied(mut there) => {
-                if !each(there.get()).any(|name| name == path.name()) {
-                    let both = format!("{}{BETWEEN}{}", there.get(), path.name());
-                    there.insert(both.into());
-                }
-            }
+            Entry::Occupied(there) => there,
+        };
+        let (before, name) = (there.get().range(), place.range());
+        if each(&self.text[before.clone()]).any(|there| *there == self.text[name.clone()]) {
+            self.waste += name.len();
+            return;
+        }
+        let start = self.text.len();
+        self.waste += before.len() + name.len();
+        self.text.extend_from_within(before);
+        self.text.push(BETWEEN);
+        self.text.extend_from_within(name);
+        match Place::new(start..self.text.len()) {
+            Some(both) => _ = there.insert(both),
+            None => self.text.truncate(start),
         }
     }
 
     pub(super) fn remove(&mut self, path: &StorePath) {
-        let Entry::Occupied(mut there) = self.0.entry(StorePathHash::of(path)) else { return };
-        let mut rest = String::new();
-        for name in each(there.get()).filter(|name| *name != path.name()) {
-            if !rest.is_empty() {
-                rest.push(BETWEEN);
+        let Entry::Occupied(mut there) = self.places.entry(StorePathHash::of(path)) else { return };
+        let before = there.get().range();
+        let is_other = |name: &&[u8]| *name != path.name().as_bytes();
+        let rest: Vec<&[u8]> = each(&self.text[before.clone()]).filter(is_other).collect();
+        let rest = rest.join(&BETWEEN);
+        // Fewer than before, which have room where those were.
+        match Place::new(before.start..before.start + rest.len()) {
+            Some(place) if !rest.is_empty() => {
+                self.text[place.range()].copy_from_slice(&rest);
+                there.insert(place);
             }
-            rest.push_str(name);
+            _ => _ = there.remove(),
         }
-        if rest.is_empty() {
-            there.remove();
-        } else {
-            there.insert(rest.into());
+        self.waste += before.len() - rest.len();
+        if self.waste > self.text.len() / 2 {
+            self.tidy();
         }
     }
 
     /// The hash parts with a name that was not there before.
     pub(super) fn came_since<'a>(&'a self, before: &'a Self) -> impl Iterator<Item = &'a StorePathHash> {
-        let is_new = |hash: &StorePathHash, now: &str| {
-            let Some(before) = before.0.get(hash) else { return true };
-            *now != **before && each(now).any(|name| each(before).all(|before| before != name))
+        let is_new = |hash: &StorePathHash| {
+            self.names(hash).any(|name| before.names(hash).all(|before| before != name))
         };
-        self.0.iter().filter(move |(hash, now)| is_new(hash, now)).map(|(hash, _)| hash)
+        self.hashes().filter(move |hash| is_new(hash))
     }
-}
 
-fn each(names: &str) -> impl Iterator<Item = &str> {
-    names.split(BETWEEN)
-}
+    fn names(&self, hash: &StorePathHash) -> impl Iterator<Item = &[u8]> {
+        self.places.get(hash).into_iter().flat_map(|place| each(&self.text[place.range()]))
+    }
 
-/// Whether Nix locks a path by this name, which it has while that is made, and sometimes longer.
-pub(super) fn is_lock(path: &StorePath) -> bool {
-    path.name().ends_with(".lock")
-}
-
-/// `.links`, temporary files and the like are no store paths.
-pub(super) fn store_path(name: &CStr) -> Option<StorePath> {
-    StorePath::from_basename(name.to_bytes()).ok()
-}
-
-/// Reads the names in the directory, and gives them in batches. One that is not there has none; one that can't be read is an error.
-pub(super) fn read_names(directory: &Path, mut batch: impl FnMut(&[StorePath])) -> rustix::io::Result<()> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = match rustix::fs::open(directory, flags, Mode::empty()) {
-        Ok(directory) => directory,
-        Err(Errno::NOENT) => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    let mut buffer = Vec::with_capacity(BUFFER);
-    let mut entries = RawDir::new(directory, buffer.spare_capacity_mut());
-    let mut paths = Vec::new();
-    while let Some(entry) = entries.next() {
-        paths.extend(store_path(entry?.file_name()));
-        if entries.is_buffer_empty() {
-            batch(&paths);
-            paths.clear();
+    /// Moves the names together.
+    fn tidy(&mut self) {
+        let before = std::mem::take(&mut self.text);
+        for place in self.places.values_mut() {
+            let start = self.text.len();
+            self.text.extend_from_slice(&before[place.range()]);
+            // It was within bounds when there was more.
+            if let Some(moved) = Place::new(start..self.text.len()) {
+                *place = moved;
+            }
         }
+        self.waste = 0;
     }
-    Ok(())
+}
+
+fn each(names: &[u8]) -> impl Iterator<Item = &[u8]> {
+    names.split(|byte| *byte == BETWEEN)
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::name_list::read_names;
     use super::*;
 
     fn path(digit: char, name: &str) -> StorePath {
@@ -144,6 +164,48 @@ mod tests {
     }
 
     #[test]
+    fn what_is_removed_leaves_no_waste_behind_for_long() {
+        let mut names = NameMap::default();
+        let hash = |number: usize| StorePathHash::of(&numbered(number, ""));
+        let mut longest = 0;
+        for number in 0..3000 {
+            names.insert(&numbered(number, ""));
+            names.insert(&numbered(number, ".lock"));
+            names.remove(&numbered(number, ".lock"));
+            if number >= 100 {
+                names.remove(&numbered(number - 100, ""));
+            }
+            longest = longest.max(names.text.len());
+        }
+        assert_eq!(names.len(), 100);
+        for number in 0..3000 {
+            let expected = (number >= 2900).then(|| numbered(number, ""));
+            assert_eq!(names.path(&hash(number)), expected);
+        }
+        // Twice what 100 names take, and what one change adds.
+        assert!(longest <= 2 * 100 * "number-2999".len() + 100, "{longest}");
+    }
+
+    fn numbered(number: usize, end: &str) -> StorePath {
+        let name = format!("{number:0>32}-number-{number}{end}");
+        StorePath::from_basename(name.as_bytes()).unwrap()
+    }
+
+    #[test]
+    fn a_name_that_no_store_path_has_is_in_nobodys_way() {
+        let folder = tempfile::tempdir().unwrap();
+        let part = "0".repeat(32);
+        for name in ["a!", "long enough", "text", "", "\u{e4}"] {
+            std::fs::write(folder.path().join(format!("{part}-{name}")), "").unwrap();
+        }
+        std::fs::write(folder.path().join(&part), "").unwrap();
+        let mut list = NameList::default();
+        read_names(folder.path(), |batch| list.append(batch)).unwrap();
+        let names = NameMap::from(list);
+        assert_eq!(names.path(&StorePathHash::parse(part.as_bytes()).unwrap()), Some(path('0', "text")));
+    }
+
+    #[test]
     fn what_came_is_a_name_that_was_not_there() {
         let (mut before, mut now) = (NameMap::default(), NameMap::default());
         let (same, lock, text) = (path('0', "same"), path('1', "text.lock"), path('1', "text"));
@@ -157,23 +219,5 @@ mod tests {
         let mut came: Vec<_> = now.came_since(&before).copied().collect();
         came.sort_unstable();
         assert_eq!(came, [StorePathHash::of(&text), StorePathHash::of(&path('3', "fresh"))]);
-    }
-
-    #[test]
-    fn a_directory_is_read_in_batches_and_only_its_store_paths() {
-        let folder = tempfile::tempdir().unwrap();
-        assert!(read_names(&folder.path().join("none"), |_| panic!("a batch of nothing")).is_ok());
-        std::fs::create_dir(folder.path().join(".links")).unwrap();
-        for number in 0..3000 {
-            std::fs::write(folder.path().join(format!("{number:0>32}-text")), "").unwrap();
-        }
-        let (mut names, mut batches) = (NameMap::default(), 0);
-        let read = read_names(folder.path(), |paths| {
-            paths.iter().for_each(|path| names.insert(path));
-            batches += 1;
-        });
-        assert!(read.is_ok() && batches > 1);
-        assert_eq!(names.len(), 3000);
-        assert!(read_names(&folder.path().join(format!("{:0>32}-text", 0)), |_| {}).is_err());
     }
 }

@@ -15,7 +15,8 @@ use tokio::time::{sleep, timeout};
 
 use super::gains::Gains;
 use super::name_events::{Change, waiting_events, wakes, watch_directory};
-use super::name_map::{NameMap, is_lock, read_names};
+use super::name_list::{NameList, is_lock, read_names};
+use super::name_map::NameMap;
 use super::remembered_names::RememberedNames;
 use crate::metrics::StoreMetrics;
 use crate::nix::{StorePath, StorePathHash};
@@ -34,8 +35,9 @@ const LOOK_PERIOD: Duration = Duration::from_secs(60);
 pub(super) struct Names {
     directory: PathBuf,
     metrics: StoreMetrics,
-    /// Of the first scan what was read so far, while it runs.
     names: RwLock<NameMap>,
+    /// What a scan has read so far, while it runs.
+    read: RwLock<NameList>,
     watch: Mutex<Watch>,
     /// Told of paths that have come; a queue that is full loses some, and nobody waits.
     gained: mpsc::Sender<StorePathHash>,
@@ -45,7 +47,7 @@ pub(super) struct Names {
     latest: watch::Sender<u64>,
     /// One scan at a time. The scan itself holds it: whoever waited for it may leave.
     scanning: Arc<tokio::sync::Mutex<()>>,
-    /// Changes whenever the first scan has read some more.
+    /// Changes whenever a scan has read some more.
     batches: watch::Sender<()>,
     remembered: RememberedNames,
 }
@@ -69,9 +71,9 @@ impl Names {
         gained: mpsc::Sender<StorePathHash>,
     ) -> Self {
         let watch = Mutex::new(Watch { stale: true, ..Watch::default() });
-        let (names, scanning) = (RwLock::default(), Arc::default());
+        let (names, read, scanning) = (RwLock::default(), RwLock::default(), Arc::default());
         let (gains, latest, batches) = (Mutex::default(), watch::Sender::default(), watch::Sender::default());
-        Self { directory, metrics, names, watch, gained, gains, latest, scanning, batches, remembered }
+        Self { directory, metrics, names, read, watch, gained, gains, latest, scanning, batches, remembered }
     }
 
     /// A name for this hash part as soon as one is known while the directory is read, or the one that it had when the daemon ended
@@ -82,10 +84,18 @@ impl Names {
         }
         let mut batches = self.batches.subscribe();
         let known = async {
+            // A lock's path may be about to be read.
+            if let Some(path) = self.names().path(hash).filter(|path| !is_lock(path)) {
+                return Some(path);
+            }
+            let mut seen = 0;
             loop {
-                // A lock's path may be about to be read.
-                if let Some(path) = self.names().path(hash).filter(|path| !is_lock(path)) {
-                    return Some(path);
+                {
+                    let read = self.read();
+                    if let Some(path) = read.path(hash, seen) {
+                        return Some(path);
+                    }
+                    seen = read.len();
                 }
                 batches.changed().await.ok()?;
             }
@@ -201,6 +211,14 @@ impl Names {
         self.names.write().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn read(&self) -> RwLockReadGuard<'_, NameList> {
+        self.read.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_to_change(&self) -> RwLockWriteGuard<'_, NameList> {
+        self.read.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn gains(&self) -> MutexGuard<'_, Gains> {
         self.gains.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -289,40 +307,30 @@ impl Names {
             })
             .ok();
         let modified = modified(&self.directory);
-        let is_first = self.watch().scanned.is_none();
-        let mut fresh = NameMap::default();
         let read = read_names(&self.directory, |batch| {
-            if is_first {
-                let mut names = self.names_to_change();
-                batch.iter().for_each(|path| names.insert(path));
-                drop(names);
-                self.batches.send_replace(());
-            } else {
-                // What is known stays until all is read.
-                batch.iter().for_each(|path| fresh.insert(path));
-            }
+            self.read_to_change().append(batch);
+            self.batches.send_replace(());
         });
+        let list = std::mem::take(&mut *self.read_to_change());
         if let Err(error) = read {
             let directory = self.directory.display();
             tracing::warn!(%directory, %error, "the store can't be read; what was known of it stays, and it is tried again");
-            if is_first {
-                *self.names_to_change() = NameMap::default();
-            }
             self.watch().failed = Some(Instant::now());
             return;
         }
+        let fresh = NameMap::from(list);
         let mut watch = self.watch();
         let mut names = self.names_to_change();
-        if is_first {
-            self.gains().skip(names.len());
+        if watch.scanned.is_none() {
+            self.gains().skip(fresh.len());
         } else {
             // What came and no event told of; a hash part that was there as a lock may be a path by now.
             for hash in fresh.came_since(&names) {
                 self.gains().add(*hash);
                 let _ = self.gained.try_send(*hash);
             }
-            *names = fresh;
         }
+        *names = fresh;
         self.metrics.scans.inc();
         self.metrics.names.set(names.len() as i64);
         drop(names);
@@ -409,7 +417,7 @@ mod tests {
         // A scan that has begun and is not at its end.
         let scan = Arc::clone(&names.scanning).lock_owned().await;
         let read = |name: &str| {
-            names.names_to_change().insert(&path(&format!("{}-{name}", "0".repeat(32))));
+            names.read_to_change().push(hash("0"), name.as_bytes());
             names.batches.send_replace(());
         };
         let (zero, one) = (hash("0"), hash("1"));
