@@ -105,7 +105,7 @@ impl Download {
             metrics: relays.metrics.clone(),
             stall: relays.stall,
             url,
-            verified: Verified::new(nar_hash, whole, writer),
+            verified: Verified::new(nar_hash, whole, writer, relays.buffers.clone()),
             senders: Vec::new(),
             sent: Vec::new(),
             tried: Vec::new(),

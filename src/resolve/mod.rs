@@ -138,6 +138,7 @@ impl Resolver {
         let relays = Relays {
             holders: Holders::new(peers.clone(), cache.clone(), lookup.clone()),
             spools,
+            buffers: store.buffers().clone(),
             ahead: Ahead::default(),
             verify_first: options.verify_first.as_u64(),
             stall: options.stall,

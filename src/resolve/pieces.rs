@@ -9,8 +9,6 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 
-use super::verified::COPIED;
-
 /// How long a piece takes to come, about: long beside the way there and back, short beside the whole.
 const PIECE_TIME: Duration = Duration::from_millis(150);
 /// No piece is shorter, in bytes, but the last; nor longer.
@@ -26,6 +24,8 @@ const BEATEN: u32 = 3;
 /// A source that alone sends so many bytes a second is on no slower a link than most hosts have: more than 1 Gbit/s carries. What
 /// bounds it then is the work, of which pieces make more.
 const FAST: f64 = 128.0 * 1024.0 * 1024.0;
+/// Shorter chunks are copied and gathered until they are as long, in bytes: each may hold on to a far larger buffer.
+const COPIED: usize = 64 * 1024;
 /// How much the latest piece counts in a source's rate.
 const WEIGHT: f64 = 0.5;
 

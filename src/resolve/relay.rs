@@ -16,6 +16,7 @@ use crate::metrics::RelayMetrics;
 use crate::nix::cache_url::NarUrl;
 use crate::nix::narinfo::PathInfo;
 use crate::nix::{NarHash, StorePathHash};
+use crate::store::BufferPool;
 
 /// How often it is looked for spools that nobody asks for any more.
 const SWEEP_PERIOD: Duration = Duration::from_secs(5);
@@ -38,6 +39,7 @@ pub struct RelayedNar {
 pub(super) struct Relays {
     pub(super) holders: Holders,
     pub(super) spools: Spools,
+    pub(super) buffers: BufferPool,
     pub(super) ahead: Ahead,
     pub(super) verify_first: u64,
     pub(super) stall: Duration,

@@ -3,17 +3,17 @@
 //! Knows nothing of who sends them. The invariants: the last bytes are given out only after length and hash have proven right,
 //! and of a NAR that is verified first none before; what comes once more has to begin with what was given out.
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use tokio::task::spawn_blocking;
 
 use super::download::DownloadError;
 use crate::cache::{Deserted, SpoolWriter};
 use crate::nix::NarHash;
+use crate::store::{Buffer, BufferPool};
 
-/// Shorter pieces are copied and gathered until they are as long: each costs a step of the hash and of the spool, and
-/// may hold on to a far larger buffer.
-pub(super) const COPIED: usize = 64 * 1024;
+/// From so many bytes on a NAR goes on in long buffers: the first bytes should not wait for one to be full.
+const LONG_FROM: u64 = 1024 * 1024;
 
 /// A NAR that is verified.
 pub(super) struct Verified {
@@ -27,8 +27,10 @@ pub(super) struct Verified {
     got: u64,
     /// The latest bytes, or all of them: what was not given out.
     held: Vec<Bytes>,
-    /// Short pieces behind those, not hashed yet.
-    tail: BytesMut,
+    /// Bytes behind those, not hashed yet. All are copied: a client's buffer that is free again at once is used again, where one that
+    /// waits here for its turn would be one of many.
+    filling: Option<Buffer>,
+    buffers: BufferPool,
     /// How many bytes were given out, and the digest of those: what comes from another peer has to begin with the same.
     given: u64,
     given_digest: [u8; 32],
@@ -37,7 +39,7 @@ pub(super) struct Verified {
 }
 
 impl Verified {
-    pub(super) fn new(nar_hash: NarHash, whole: bool, writer: SpoolWriter) -> Self {
+    pub(super) fn new(nar_hash: NarHash, whole: bool, writer: SpoolWriter, buffers: BufferPool) -> Self {
         Self {
             nar_hash,
             nar_size: writer.total(),
@@ -46,7 +48,8 @@ impl Verified {
             hasher: Sha256::new(),
             got: 0,
             held: Vec::new(),
-            tail: BytesMut::new(),
+            filling: None,
+            buffers,
             given: 0,
             given_digest: [0; 32],
             is_repeated: false,
@@ -84,7 +87,7 @@ impl Verified {
     }
 
     /// Takes the next bytes.
-    pub(super) async fn take(&mut self, chunk: Bytes) -> Result<(), DownloadError> {
+    pub(super) async fn take(&mut self, mut chunk: Bytes) -> Result<(), DownloadError> {
         let end = self.got + chunk.len() as u64;
         if end > self.nar_size {
             return Err(DownloadError::Length { got: end, expected: self.nar_size });
@@ -92,16 +95,16 @@ impl Verified {
         if self.is_repeated {
             return self.compare(chunk).await;
         }
-        self.got = end;
-        if chunk.len() >= COPIED && self.tail.is_empty() {
-            return self.hold(chunk).await;
+        while !chunk.is_empty() {
+            let (left, is_long) = (self.nar_size - self.got, self.got >= LONG_FROM);
+            let buffer = self.filling.get_or_insert_with(|| self.buffers.empty(left, is_long));
+            let taken = buffer.take_from(&mut chunk);
+            self.got += taken as u64;
+            if let Some(full) = self.filling.take_if(|buffer| buffer.is_full()) {
+                self.hold(full.into_bytes()).await?;
+            }
         }
-        self.tail.extend_from_slice(&chunk);
-        if self.tail.len() < COPIED && self.got < self.nar_size {
-            return Ok(());
-        }
-        let gathered = self.tail.split().freeze();
-        self.hold(gathered).await
+        Ok(())
     }
 
     /// Hashes and holds the next bytes, and gives out those before.
@@ -162,7 +165,7 @@ impl Verified {
         self.hasher = Sha256::new();
         self.got = 0;
         self.held.clear();
-        self.tail.clear();
+        self.filling = None;
         self.is_repeated = self.given > 0;
     }
 }

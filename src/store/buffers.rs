@@ -15,9 +15,9 @@ const POOL: usize = 32;
 /// Each takes a buffer, and while it is read a thread and two descriptors.
 const READ_AHEAD: usize = 32;
 
-/// Buffers of two sizes that are used again.
+/// Buffers of two sizes that are used again. Cheap to clone: all clones are one.
 #[derive(Clone, Debug)]
-pub(super) struct BufferPool {
+pub struct BufferPool {
     buffers: Arc<Mutex<Vec<Box<[u8]>>>>,
     short: Arc<Mutex<Vec<Box<[u8]>>>>,
     ahead: Arc<Semaphore>,
@@ -47,7 +47,11 @@ impl BufferPool {
     }
 
     pub(super) fn give_back(&self, buffer: Box<[u8]>) {
-        let pooled = if buffer.len() == CHUNK { &self.buffers } else { &self.short };
+        let pooled = match buffer.len() {
+            CHUNK => &self.buffers,
+            SHORT_CHUNK => &self.short,
+            _ => return,
+        };
         let mut buffers = pooled.lock().unwrap_or_else(PoisonError::into_inner);
         if buffers.len() < POOL {
             buffers.push(buffer);
@@ -56,7 +60,18 @@ impl BufferPool {
 
     /// The first `len` bytes of a buffer, which comes back to the pool when the last view of them is dropped.
     pub(super) fn share(&self, buffer: Box<[u8]>, len: usize) -> Bytes {
-        Bytes::from_owner(Pooled { buffer, len, pool: self.clone() })
+        Buffer { buffer, len, pool: self.clone() }.into_bytes()
+    }
+
+    /// An empty buffer for bytes that come piece by piece, `left` of them at most; a `long` one if there may be as many.
+    #[must_use]
+    pub fn empty(&self, left: u64, long: bool) -> Buffer {
+        let buffer = match usize::try_from(left).unwrap_or(usize::MAX) {
+            left @ ..SHORT_CHUNK => vec![0; left].into_boxed_slice(),
+            CHUNK.. if long => self.take(),
+            _ => self.take_short(),
+        };
+        Buffer { buffer, len: 0, pool: self.clone() }
     }
 
     /// A place to read one more chunk ahead, if there is one.
@@ -70,20 +85,79 @@ impl BufferPool {
     }
 }
 
-struct Pooled {
+/// A buffer that is being filled, and comes back to the pool when it is dropped.
+#[derive(Debug)]
+pub struct Buffer {
     buffer: Box<[u8]>,
     len: usize,
     pool: BufferPool,
 }
 
-impl AsRef<[u8]> for Pooled {
+impl Buffer {
+    /// Takes as much from the beginning of `bytes` as there is room for. Returns how much, in bytes.
+    pub fn take_from(&mut self, bytes: &mut Bytes) -> usize {
+        let room = &mut self.buffer[self.len..];
+        let part = bytes.split_to(bytes.len().min(room.len()));
+        room[..part.len()].copy_from_slice(&part);
+        self.len += part.len();
+        part.len()
+    }
+
+    /// Whether there is no room for more.
+    #[must_use]
+    pub fn is_full(&self) -> bool {
+        self.len == self.buffer.len()
+    }
+
+    /// What it was filled with.
+    #[must_use]
+    pub fn into_bytes(self) -> Bytes {
+        Bytes::from_owner(self)
+    }
+}
+
+impl AsRef<[u8]> for Buffer {
     fn as_ref(&self) -> &[u8] {
         &self.buffer[..self.len]
     }
 }
 
-impl Drop for Pooled {
+impl Drop for Buffer {
     fn drop(&mut self) {
         self.pool.give_back(std::mem::take(&mut self.buffer));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_is_no_longer_than_what_is_left_and_comes_back_when_all_views_are_gone() {
+        let pool = BufferPool::default();
+        let kept = || (pool.short.lock().unwrap().len(), pool.buffers.lock().unwrap().len());
+        for (left, long, len) in [
+            (0, true, 0),
+            (5, true, 5),
+            (SHORT_CHUNK - 1, false, SHORT_CHUNK - 1),
+            (SHORT_CHUNK, false, SHORT_CHUNK),
+            (CHUNK, false, SHORT_CHUNK),
+            (CHUNK - 1, true, SHORT_CHUNK),
+            (CHUNK, true, CHUNK),
+            (10 * CHUNK, true, CHUNK),
+        ] {
+            let (mut buffer, mut bytes) = (pool.empty(left as u64, long), Bytes::from(vec![7; len + 3]));
+            assert_eq!(buffer.take_from(&mut bytes.split_to(len / 2)), len / 2);
+            assert!(len == 0 || !buffer.is_full());
+            assert_eq!(buffer.take_from(&mut bytes), len - len / 2, "{left}, {long}");
+            assert!(buffer.is_full() && bytes.len() == 3);
+            let before = kept();
+            let whole = buffer.into_bytes();
+            let view = whole.slice(len / 2..);
+            drop(whole);
+            assert!(view.iter().all(|byte| *byte == 7) && kept() == before);
+            drop(view);
+        }
+        assert_eq!(kept(), (1, 1));
     }
 }

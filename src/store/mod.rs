@@ -39,6 +39,7 @@ use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 
+pub use buffers::{Buffer, BufferPool};
 pub use build_log::LogError;
 pub use child::ChildError;
 pub use file_span::FileSpan;
@@ -51,7 +52,6 @@ pub use nar_stream::NarStream;
 pub use options::Options;
 pub use tree::TreeError;
 
-use self::buffers::BufferPool;
 use self::known::{KnownPaths, Stamp};
 use self::leases::Leases;
 use self::names::Names;
@@ -174,6 +174,12 @@ impl Store {
     #[must_use]
     pub fn store_dir(&self) -> &StoreDir {
         &self.0.store_dir
+    }
+
+    /// The buffers for chunks of NARs, wherever these come from.
+    #[must_use]
+    pub fn buffers(&self) -> &BufferPool {
+        &self.0.pool
     }
 
     /// How it goes with `nix-store`.
