@@ -1,7 +1,7 @@
 //! The local daemon against nginx with the same NARs as files: `cargo bench --bench http`.
 //!
 //! Both on loopback and from a warm cache, in turn, in every round; a ratio is the median of the rounds' own. Narinfos by wrk,
-//! NARs by a client that throws them away, `nix copy` into a fresh store. nginx has a worker for each core and sendfile. Needs
+//! NARs by a client that throws them away, `nix copy` into a fresh store. What many small files cost the kernel alone is measured beside. nginx has a worker for each core and sendfile. Needs
 //! nix-bin, nginx-light and wrk, and 6 GB in the temporary folder, which had better be no tmpfs: that can't say what is in
 //! memory, and no store lies on one.
 //!
@@ -9,6 +9,7 @@
 
 #![allow(missing_docs, reason = "a program without an interface")]
 
+mod bare;
 mod client;
 #[path = "../support/connection.rs"]
 mod connection;
@@ -26,6 +27,7 @@ use std::collections::HashMap;
 use std::process::ExitCode;
 use std::time::Duration;
 
+use bare::read_files;
 use client::{Nar, nars, read, walk};
 use servers::{Kind, Server};
 use store::Store;
@@ -211,6 +213,15 @@ impl Round<'_> {
         let nar = &nars[&self.store.files];
         let rate = read(server.address, streams, vec![nar; streams]).rate();
         self.table.add(kind, first, Wanted::AtLeast(0.35), rate);
+        if streams == 1 {
+            // Against nginx's NAR too: nobody who opens the files can have a better ratio.
+            let bare = || {
+                let (took, bytes) = read_files(&self.store.files_path);
+                bytes as f64 / 1e6 / took.as_secs_f64()
+            };
+            let rate = if kind == Kind::Nginx { rate } else { bare() };
+            self.table.add(kind, "its files only opened and read, MB/s", Wanted::Anything, rate);
+        }
         let rate = read(server.address, streams, vec![nar; 2 * streams.max(4)]).rate();
         self.table.add(kind, again, Wanted::AtLeast(0.9), rate);
         server.memory("VmHWM")

@@ -19,6 +19,8 @@ pub(crate) struct Store {
     pub(crate) large: String,
     pub(crate) middling: Vec<String>,
     pub(crate) files: String,
+    /// Where the files of that lie.
+    pub(crate) files_path: PathBuf,
     middling_root: String,
     /// Files with what wrk asks for.
     pub(crate) hits: PathBuf,
@@ -64,6 +66,7 @@ impl Store {
         let mut all: Vec<String> =
             names.filter_map(|name| name.strip_suffix(".narinfo").map(str::to_owned)).collect();
         all.sort();
+        let files_path = root.join(files.trim_start_matches('/'));
         let store = Self {
             folder: folder.to_owned(),
             root,
@@ -71,6 +74,7 @@ impl Store {
             public_key: fs::read_to_string(public_key).expect("a public key").trim().to_owned(),
             large: hash_part(large),
             files: hash_part(files),
+            files_path,
             middling_root: middling_root.clone(),
             middling,
             all,

@@ -12,6 +12,8 @@ pub(crate) enum Wanted {
     AtMost(f64),
     /// This figure or less, whatever nginx has.
     Below(f64),
+    /// It is shown, and that is all.
+    Anything,
 }
 
 pub(crate) struct Row {
@@ -48,6 +50,7 @@ impl Table {
                 Wanted::AtLeast(least) => (format!("≥ {least:.2}×"), ratio >= least),
                 Wanted::AtMost(most) => (format!("≤ {most:.2}×"), ratio <= most),
                 Wanted::Below(most) => (format!("≤ {most}"), ours <= most),
+                Wanted::Anything => (String::new(), true),
             };
             println!(
                 "| {label} | {} | {} | {} | {} | {ratio:.2} | {text} | {} |",
