@@ -242,7 +242,6 @@ fn long(folder: &Path, table: &mut Table) {
             table.add(&format!("NAR of {name} {what}, peak, MB"), peaks, Wanted::Anything);
         }
         let middle = |at: usize| median(peaks[at].iter().copied());
-        // Of what a relay takes beyond the window of its spool most is what the allocator has not given back yet.
         let ratio = format!("{what}: 10 GB against 10 MB");
         table.add(&ratio, &[middle(2) / middle(0)], Wanted::AtMost(1.25));
         let ratio = format!("{what}: 10 GB against 250 MB");

@@ -164,6 +164,12 @@ impl SpoolWriter {
         self.spool.total
     }
 
+    /// How much of it may wait in memory, in bytes.
+    #[must_use]
+    pub fn window(&self) -> u64 {
+        self.spool.lock().window_memory.as_ref().map_or(self.spool.total, Reserved::amount)
+    }
+
     pub(super) fn spool(&self) -> &Arc<Spool> {
         &self.spool
     }

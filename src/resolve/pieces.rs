@@ -24,7 +24,7 @@ const BEATEN: u32 = 3;
 /// A source that alone sends so many bytes a second is on no slower a link than most hosts have: more than 1 Gbit/s carries. What
 /// bounds it then is the work, of which pieces make more.
 const FAST: f64 = 128.0 * 1024.0 * 1024.0;
-/// Shorter chunks are copied and gathered until they are as long, in bytes: each may hold on to a far larger buffer.
+/// Shorter chunks are copied and gathered until they are as long, in bytes: each may hold on to a far larger buffer, until its turn comes.
 const COPIED: usize = 64 * 1024;
 /// How much the latest piece counts in a source's rate.
 const WEIGHT: f64 = 0.5;

@@ -12,8 +12,11 @@ use crate::cache::{Deserted, SpoolWriter};
 use crate::nix::NarHash;
 use crate::store::{Buffer, BufferPool};
 
-/// From so many bytes on a NAR goes on in long buffers: the first bytes should not wait for one to be full.
+/// From so many bytes on a NAR goes on in long buffers, if as many may wait in memory: its first bytes should not wait for one to be
+/// full, and where memory is scarce two of them would be more than all that waits.
 const LONG_FROM: u64 = 1024 * 1024;
+/// So much of the end is given out only when all has proven right, in bytes.
+const KEPT_BACK: u64 = 64 * 1024;
 
 /// A NAR that is verified.
 pub(super) struct Verified {
@@ -27,10 +30,11 @@ pub(super) struct Verified {
     got: u64,
     /// The latest bytes, or all of them: what was not given out.
     held: Vec<Bytes>,
-    /// Bytes behind those, not hashed yet. All are copied: a client's buffer that is free again at once is used again, where one that
-    /// waits here for its turn would be one of many.
+    /// Bytes behind those, not hashed yet. They are copied, so that the buffer that they came in is free for the next ones: otherwise
+    /// each takes a new one, and the allocator keeps twice what is needed.
     filling: Option<Buffer>,
     buffers: BufferPool,
+    may_be_long: bool,
     /// How many bytes were given out, and the digest of those: what comes from another peer has to begin with the same.
     given: u64,
     given_digest: [u8; 32],
@@ -43,6 +47,7 @@ impl Verified {
         Self {
             nar_hash,
             nar_size: writer.total(),
+            may_be_long: writer.window() >= LONG_FROM,
             whole,
             writer,
             hasher: Sha256::new(),
@@ -96,10 +101,9 @@ impl Verified {
             return self.compare(chunk).await;
         }
         while !chunk.is_empty() {
-            let (left, is_long) = (self.nar_size - self.got, self.got >= LONG_FROM);
+            let (left, is_long) = (self.nar_size - self.got, self.may_be_long && self.got >= LONG_FROM);
             let buffer = self.filling.get_or_insert_with(|| self.buffers.empty(left, is_long));
-            let taken = buffer.take_from(&mut chunk);
-            self.got += taken as u64;
+            self.got += buffer.take_from(&mut chunk) as u64;
             if let Some(full) = self.filling.take_if(|buffer| buffer.is_full()) {
                 self.hold(full.into_bytes()).await?;
             }
@@ -107,9 +111,10 @@ impl Verified {
         Ok(())
     }
 
-    /// Hashes and holds the next bytes, and gives out those before.
+    /// Hashes and holds the next bytes, and gives out those before, but for the end.
     async fn hold(&mut self, bytes: Bytes) -> Result<(), DownloadError> {
-        if !self.whole {
+        let behind = self.nar_size - (self.got - bytes.len() as u64);
+        if !self.whole && behind >= KEPT_BACK {
             self.give_out().await?;
         }
         self.hasher.update(&bytes);
@@ -167,5 +172,114 @@ impl Verified {
         self.held.clear();
         self.filling = None;
         self.is_repeated = self.given > 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+    use crate::cache::{Begin, SpoolReader, Spools};
+
+    const KIB: usize = 1024;
+
+    fn nar(len: usize) -> Vec<u8> {
+        fastrand::seed(len as u64);
+        std::iter::repeat_with(|| fastrand::u8(..)).take(len).collect()
+    }
+
+    async fn begin(nar: &[u8], memory: u64, whole: bool) -> (Verified, SpoolReader) {
+        let nar_hash = NarHash::from_digest(Sha256::digest(nar).into());
+        let spools = Spools::new(None, memory, 0);
+        let Begin::Write(writer, reader) = spools.begin(&nar_hash, nar.len() as u64, whole).await else {
+            panic!("it is not there yet")
+        };
+        (Verified::new(nar_hash, whole, writer, BufferPool::default()), reader)
+    }
+
+    async fn take(verified: &mut Verified, bytes: &[u8], chunk: usize) -> Result<(), DownloadError> {
+        for chunk in bytes.chunks(chunk) {
+            verified.take(Bytes::copy_from_slice(chunk)).await?;
+        }
+        Ok(())
+    }
+
+    /// What was given out and not read yet.
+    fn given_out(reader: &mut SpoolReader) -> Vec<u8> {
+        let mut read = Vec::new();
+        while let Some(Ok(Some(piece))) = reader.piece().now_or_never() {
+            read.extend_from_slice(&piece.read().unwrap());
+        }
+        read
+    }
+
+    /// The locks of a spool are shuttle's in these tests.
+    fn run<T: Future<Output = ()> + 'static>(test: fn() -> T) {
+        let mut config = shuttle::Config::new();
+        config.stack_size = 1 << 20;
+        config.max_steps = shuttle::MaxSteps::None;
+        let scheduler = shuttle::scheduler::RandomScheduler::new(1);
+        shuttle::Runner::new(scheduler, config).run(move || shuttle::future::block_on(test()));
+    }
+
+    #[test]
+    fn the_end_is_given_out_when_all_is_proven_and_not_before() {
+        run(the_end_is_kept_back);
+    }
+
+    async fn the_end_is_kept_back() {
+        let (short, mib) = (64 * KIB, 1024 * KIB);
+        for len in [1, short - 1, short, short + 8, mib - 1, mib + 1, mib + 256 * KIB + 8, 3 * mib + 100] {
+            for (chunk, memory, whole) in [
+                (700, 64 * mib, false),
+                (70_000, 64 * mib, true),
+                (70_000, 256 * KIB, false),
+                (600_000, 64 * mib, false),
+            ] {
+                let nar = nar(len);
+                let (mut verified, mut reader) = begin(&nar, memory as u64, whole).await;
+                take(&mut verified, &nar, chunk).await.unwrap();
+                assert_eq!(verified.got(), len as u64);
+                let mut read = given_out(&mut reader);
+                assert!(nar.starts_with(&read), "{len} in chunks of {chunk}");
+                let most = if whole { 0 } else { len.saturating_sub(short) };
+                assert!(read.len() <= most && (whole || len < 8 * short || read.len() > len / 2), "{len}");
+                verified.prove().await.unwrap();
+                verified.finish();
+                read.extend(given_out(&mut reader));
+                assert!(read == nar, "{len} in chunks of {chunk}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_comes_once_more_is_not_mixed_with_what_came_before() {
+        run(it_comes_once_more);
+    }
+
+    async fn it_comes_once_more() {
+        let nar = nar(3_000_000);
+        for came in [100, 70_000, 900_000, 2_000_000, 2_999_999] {
+            for chunk in [5000, 400_000] {
+                let (mut verified, mut reader) = begin(&nar, 1 << 26, false).await;
+                take(&mut verified, &nar[..came], chunk).await.unwrap();
+                verified.begin_anew();
+                take(&mut verified, &nar, 300_001).await.unwrap();
+                verified.prove().await.unwrap();
+                verified.finish();
+                assert!(given_out(&mut reader) == nar, "{came} in chunks of {chunk}");
+
+                let (mut verified, _reader) = begin(&nar, 1 << 26, false).await;
+                take(&mut verified, &nar[..came], chunk).await.unwrap();
+                let is_begun = verified.is_begun();
+                verified.begin_anew();
+                let mut other = nar.clone();
+                other[0] ^= 1;
+                let taken = take(&mut verified, &other, chunk).await;
+                assert_eq!(matches!(taken, Err(DownloadError::GivenOut)), is_begun, "{came}");
+                assert!(is_begun || matches!(verified.prove().await, Err(DownloadError::Hash)));
+            }
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Buffers for chunks of NARs, and places to read ahead: one pool for all streams.
+//! Buffers for chunks of NARs, read here or received from peers, and places to read ahead: one pool for all streams.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -7,7 +7,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// Bytes of a chunk: large enough that the system calls do not count, small enough for a processor's cache.
 pub(super) const CHUNK: usize = 256 * 1024;
-/// Bytes of a chunk that no other thread has to be woken for, which need not be as long: a client that stops reading holds some.
+/// Bytes of a chunk that need not be as long: no other thread has to be woken for it, or somebody waits for the first bytes. A client
+/// that stops reading holds some.
 pub(super) const SHORT_CHUNK: usize = 64 * 1024;
 /// Buffers that are kept for the next chunk; fresh ones cost half as much again.
 const POOL: usize = 32;

@@ -14,6 +14,7 @@ mod known;
 mod lease_holder;
 mod lease_office;
 mod leases;
+mod name;
 mod name_events;
 mod name_list;
 mod name_map;

@@ -12,7 +12,7 @@ use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-use super::name_list::store_path;
+use super::name::store_path;
 use crate::nix::StorePath;
 
 /// What an event says of a name.

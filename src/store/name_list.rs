@@ -10,6 +10,7 @@ use std::path::Path;
 use rustix::fs::{Mode, OFlags, RawDir};
 use rustix::io::Errno;
 
+use super::name::{is_lock, path_named};
 use crate::nix::{StorePath, StorePathHash};
 
 /// How much of a directory is asked for at once, in bytes: about a thousand names. A larger one is not read faster.
@@ -69,7 +70,7 @@ impl NameList {
         self.names.push((hash, place));
     }
 
-    /// `.links`, temporary files and the like do not begin as store paths do.
+    /// `.links` and the like do not begin as store paths do. Whether the rest is as it has to be is looked at when it is asked for.
     fn take(&mut self, name: &CStr) {
         let Some((hash, name)) = name.to_bytes().split_at_checked(StorePathHash::CHARACTERS) else { return };
         if let (Ok(hash), Some(name)) = (StorePathHash::parse(hash), name.strip_prefix(b"-")) {
@@ -81,21 +82,6 @@ impl NameList {
         self.names.clear();
         self.text.clear();
     }
-}
-
-/// Whether Nix locks a path by this name, which it has while that is made, and sometimes longer.
-pub(super) fn is_lock(path: &StorePath) -> bool {
-    path.name().ends_with(".lock")
-}
-
-/// `.links`, temporary files and the like are no store paths.
-pub(super) fn store_path(name: &CStr) -> Option<StorePath> {
-    StorePath::from_basename(name.to_bytes()).ok()
-}
-
-/// The store path with this hash part and name, if it may have that name.
-pub(super) fn path_named(hash: &StorePathHash, name: &[u8]) -> Option<StorePath> {
-    StorePath::from_basename(&[hash.to_string().as_bytes(), b"-", name].concat()).ok()
 }
 
 /// Reads the names in the directory, and gives them in batches. One that is not there has none; one that can't be read is an error.

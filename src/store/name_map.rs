@@ -1,12 +1,13 @@
 //! Names by hash part.
 //!
 //! A path and its `.lock` share a hash part, so there may be several names to one. A store has hundreds of thousands: their names
-//! lie in one text, and whether one is a store path's is looked at when it is asked for.
+//! lie in one text.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 
-use super::name_list::{NameList, Place, path_named};
+use super::name::path_named;
+use super::name_list::{NameList, Place};
 use crate::nix::{StorePath, StorePathHash};
 
 /// Between the names of one hash part. No name has it in it.
@@ -26,8 +27,13 @@ impl From<NameList> for NameMap {
         let NameList { names, text } = list;
         let mut map = Self { places: HashMap::with_capacity(names.len()), text, waste: 0 };
         for (hash, place) in names {
-            map.put(hash, place);
+            if path_named(&hash, &map.text[place.range()]).is_some() {
+                map.put(hash, place);
+            } else {
+                map.waste += place.range().len();
+            }
         }
+        map.tidy();
         map
     }
 }
@@ -52,11 +58,16 @@ impl NameMap {
     }
 
     pub(super) fn insert(&mut self, path: &StorePath) {
+        let (hash, name) = (StorePathHash::of(path), path.name().as_bytes());
+        if self.names(&hash).any(|there| there == name) {
+            return;
+        }
         let start = self.text.len();
         // Names of 4 GiB: what comes beyond them is not known.
-        let Some(place) = Place::new(start..start + path.name().len()) else { return };
-        self.text.extend_from_slice(path.name().as_bytes());
-        self.put(StorePathHash::of(path), place);
+        let Some(place) = Place::new(start..start + name.len()) else { return };
+        self.text.extend_from_slice(name);
+        self.put(hash, place);
+        self.tidy();
     }
 
     /// Adds a name that is in the text already.
@@ -69,17 +80,19 @@ impl NameMap {
             Entry::Occupied(there) => there,
         };
         let (before, name) = (there.get().range(), place.range());
+        self.waste += name.len();
         if each(&self.text[before.clone()]).any(|there| *there == self.text[name.clone()]) {
-            self.waste += name.len();
             return;
         }
         let start = self.text.len();
-        self.waste += before.len() + name.len();
-        self.text.extend_from_within(before);
+        self.text.extend_from_within(before.clone());
         self.text.push(BETWEEN);
         self.text.extend_from_within(name);
         match Place::new(start..self.text.len()) {
-            Some(both) => _ = there.insert(both),
+            Some(both) => {
+                there.insert(both);
+                self.waste += before.len();
+            }
             None => self.text.truncate(start),
         }
     }
@@ -99,9 +112,7 @@ impl NameMap {
             _ => _ = there.remove(),
         }
         self.waste += before.len() - rest.len();
-        if self.waste > self.text.len() / 2 {
-            self.tidy();
-        }
+        self.tidy();
     }
 
     /// The hash parts with a name that was not there before.
@@ -116,8 +127,11 @@ impl NameMap {
         self.places.get(hash).into_iter().flat_map(|place| each(&self.text[place.range()]))
     }
 
-    /// Moves the names together.
+    /// Moves the names together if more than half of the text is waste.
     fn tidy(&mut self) {
+        if self.waste <= self.text.len() / 2 {
+            return;
+        }
         let before = std::mem::take(&mut self.text);
         for place in self.places.values_mut() {
             let start = self.text.len();
@@ -183,7 +197,16 @@ mod tests {
             assert_eq!(names.path(&hash(number)), expected);
         }
         // Twice what 100 names take, and what one change adds.
-        assert!(longest <= 2 * 100 * "number-2999".len() + 100, "{longest}");
+        let most = 2 * 100 * "number-2999".len() + 100;
+        assert!(longest <= most, "{longest}");
+        for _ in 0..3000 {
+            names.insert(&numbered(2999, ""));
+        }
+        for end in 0..3000 {
+            names.insert(&numbered(2999, &format!(".{end}")));
+            names.remove(&numbered(2999, &format!(".{end}")));
+        }
+        assert!(names.text.len() <= most, "{}", names.text.len());
     }
 
     fn numbered(number: usize, end: &str) -> StorePath {
@@ -198,11 +221,17 @@ mod tests {
         for name in ["a!", "long enough", "text", "", "\u{e4}"] {
             std::fs::write(folder.path().join(format!("{part}-{name}")), "").unwrap();
         }
+        let bad = "1".repeat(32);
+        std::fs::write(folder.path().join(format!("{bad}-a!")), "").unwrap();
         std::fs::write(folder.path().join(&part), "").unwrap();
         let mut list = NameList::default();
         read_names(folder.path(), |batch| list.append(batch)).unwrap();
+        let hash = |part: &str| StorePathHash::parse(part.as_bytes()).unwrap();
+        assert_eq!(list.path(&hash(&part), 0), Some(path('0', "text")));
+        assert_eq!(list.path(&hash(&bad), 0), None);
         let names = NameMap::from(list);
-        assert_eq!(names.path(&StorePathHash::parse(part.as_bytes()).unwrap()), Some(path('0', "text")));
+        assert_eq!(names.path(&hash(&part)), Some(path('0', "text")));
+        assert!(names.len() == 1 && !names.contains(&hash(&bad)));
     }
 
     #[test]

@@ -10,12 +10,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, Rw
 use std::time::{Duration, Instant, SystemTime};
 
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 use super::gains::Gains;
+use super::name::is_lock;
 use super::name_events::{Change, waiting_events, wakes, watch_directory};
-use super::name_list::{NameList, is_lock, read_names};
+use super::name_list::{NameList, read_names};
 use super::name_map::NameMap;
 use super::remembered_names::RememberedNames;
 use crate::metrics::StoreMetrics;
@@ -25,6 +26,8 @@ use crate::nix::{StorePath, StorePathHash};
 const SCAN_PAUSE: Duration = Duration::from_secs(1);
 /// The first event after a while is taken in at once; after it they are gathered for so long.
 const GATHER: Duration = Duration::from_millis(10);
+/// How many look through a list of names while it grows. To look a name up in a map costs less, and to wait for one nothing.
+const LOOKERS: usize = 16;
 /// How often it is looked for events without a watch.
 const FOLLOW_PERIOD: Duration = Duration::from_millis(250);
 /// How often the directory's own time is looked at: some file systems change without events.
@@ -49,6 +52,7 @@ pub(super) struct Names {
     scanning: Arc<tokio::sync::Mutex<()>>,
     /// Changes whenever a scan has read some more.
     batches: watch::Sender<()>,
+    lookers: Semaphore,
     remembered: RememberedNames,
 }
 
@@ -73,7 +77,21 @@ impl Names {
         let watch = Mutex::new(Watch { stale: true, ..Watch::default() });
         let (names, read, scanning) = (RwLock::default(), RwLock::default(), Arc::default());
         let (gains, latest, batches) = (Mutex::default(), watch::Sender::default(), watch::Sender::default());
-        Self { directory, metrics, names, read, watch, gained, gains, latest, scanning, batches, remembered }
+        let lookers = Semaphore::new(LOOKERS);
+        Self {
+            directory,
+            metrics,
+            names,
+            read,
+            watch,
+            gained,
+            gains,
+            latest,
+            scanning,
+            batches,
+            lookers,
+            remembered,
+        }
     }
 
     /// A name for this hash part as soon as one is known while the directory is read, or the one that it had when the daemon ended
@@ -88,10 +106,13 @@ impl Names {
             if let Some(path) = self.names().path(hash).filter(|path| !is_lock(path)) {
                 return Some(path);
             }
+            let _place = self.lookers.try_acquire().ok()?;
             let mut seen = 0;
             loop {
                 {
                     let read = self.read();
+                    // Another scan may have begun.
+                    seen = seen.min(read.len());
                     if let Some(path) = read.path(hash, seen) {
                         return Some(path);
                     }
@@ -101,19 +122,13 @@ impl Names {
             }
         };
         let is_first = self.watch().scanned.is_none();
-        let remembered = async {
-            let found = if is_first { self.remembered.find(hash).await } else { None };
-            match found {
-                Some(path) => path,
-                None => std::future::pending().await,
-            }
-        };
+        let remembered = async { if is_first { self.remembered.find(hash).await } else { None } };
         tokio::select! {
             // First, so that it is begun in any case.
             biased;
             () = self.scan() => None,
-            known = known => known,
-            remembered = remembered => Some(remembered),
+            Some(known) = known => Some(known),
+            Some(remembered) = remembered => Some(remembered),
         }
     }
 
@@ -307,6 +322,7 @@ impl Names {
             })
             .ok();
         let modified = modified(&self.directory);
+        *self.read_to_change() = NameList::default();
         let read = read_names(&self.directory, |batch| {
             self.read_to_change().append(batch);
             self.batches.send_replace(());
@@ -432,6 +448,7 @@ mod tests {
         drop(scan);
         // What is there really is read now.
         assert!(miss.await.is_none() && names.lacks(&one));
+        assert!(names.lacks(&zero) && names.find(&zero).await.is_none());
         // No scan is under way: there is nothing to be had early.
         assert!(names.find_early(&zero).await.is_none());
         // What is remembered from now on is what was read.

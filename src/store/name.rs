@@ -1,0 +1,20 @@
+//! What a name in the store directory is.
+
+use std::ffi::CStr;
+
+use crate::nix::{StorePath, StorePathHash};
+
+/// `.links`, temporary files and the like are no store paths.
+pub(super) fn store_path(name: &CStr) -> Option<StorePath> {
+    StorePath::from_basename(name.to_bytes()).ok()
+}
+
+/// The store path with this hash part and name, if it may have that name.
+pub(super) fn path_named(hash: &StorePathHash, name: &[u8]) -> Option<StorePath> {
+    StorePath::from_parts(*hash.as_bytes(), std::str::from_utf8(name).ok()?).ok()
+}
+
+/// Whether Nix locks a path by this name, which it has while that is made, and sometimes longer.
+pub(super) fn is_lock(path: &StorePath) -> bool {
+    path.name().ends_with(".lock")
+}
