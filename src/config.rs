@@ -162,6 +162,7 @@ impl Config {
             config.cache.check(),
             config.state.check(),
             config.log.check(),
+            config.signing.check(),
             config.check_memory(),
         ];
         let peers = peer::ConfiguredPeer::check_all(&config.peer);
@@ -373,6 +374,7 @@ mod tests {
         for (line, key) in [
             ("[discovery]\ntargets = [\"x\"]", "\"[fd00::10]:9999\""),
             ("[http]\nlisten = [\"x\"]", "\"[::]:9999\""),
+            ("[signing]\nkeys = [\"key\"]", "2: signing.keys: key is not an absolute path"),
         ] {
             assert!(complaint(line).contains(key), "{}", complaint(line));
         }

@@ -39,7 +39,8 @@
 //! `http::server` accepts, `http::gate` lets in, `http::app` parses the URL ([`nix::cache_url`]). A path that was asked
 //! for before is answered at once: `store::known` compares the path's stamp (device, inode, change time; one `lstat`)
 //! and its lease's generation, and the narinfo was signed and printed the first time. Otherwise `store::names` has the
-//! name for the hash part (after a start from `store::remembered_names`, or as soon as it was read, while the rest of the directory is),
+//! name for the hash part (after a start from `store::remembered_names`, or from `store::name_list`, which has what was read while the
+//! rest of the directory is; later from `store::name_map`),
 //! `store::leases` leases and asks (in one batch with whoever else waits; the processes behind it belong to `store::lease_office`), and
 //! [`resolve`] adds our signatures behind the stored ones.
 //!
@@ -60,8 +61,8 @@
 //! not in the local store goes to `resolve::lookup`: the remembered misses, then one flight a hash that asks all candidates
 //! at once within one budget; the first good answer wins. `resolve::relay` gives the NAR: one
 //! download (`resolve::download`) from the peer that the peer cache names, or from whoever has it now, goes on at another one
-//! (`resolve::holders`) at the same offset where one fails, and is followed by all readers through a spool ([`cache::Spools`]). A NAR
-//! over 32 MiB comes in pieces (`resolve::pieces`) from all who have it (`resolve::several`). A miss is remembered only if every peer that was asked said so, and is worth nothing
+//! (`resolve::holders`) at the same offset where one fails, and is followed by all readers through a spool ([`cache::Spools`]).
+//! `resolve::verified` hashes its bytes on their way, and gathers them in buffers that are used again. A NAR over 32 MiB comes in pieces (`resolve::pieces`) from all who have it (`resolve::several`). A miss is remembered only if every peer that was asked said so, and is worth nothing
 //! after a peer came or gained the path ([`cache::Misses`]).
 //!
 //! ## Who is not asked

@@ -28,6 +28,14 @@ pub struct Options {
 }
 
 impl Options {
+    /// What is out of range, as `key: why`.
+    pub fn check(&self) -> Result<(), String> {
+        match self.keys.iter().find(|path| !path.is_absolute()) {
+            Some(path) => Err(format!("signing.keys: {} is not an absolute path", path.display())),
+            None => Ok(()),
+        }
+    }
+
     /// The key files that every user of this machine may read. A group is none of our business; and where systemd hands a
     /// key over by an access list, the mode shows a group that may read.
     pub fn open_to_all(&self) -> impl Iterator<Item = &Path> {

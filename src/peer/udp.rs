@@ -44,7 +44,11 @@ impl Sockets {
         let v6 = bind(SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
         match (v4, v6) {
             (Err(error), Err(_)) => Err(error),
-            (v4, v6) => Ok(Self { v4: v4.ok().map(Arc::new), v6: v6.ok().map(Arc::new) }),
+            (v4, v6) => {
+                warn_of_taken("IPv4", &v4, port);
+                warn_of_taken("IPv6", &v6, port);
+                Ok(Self { v4: v4.ok().map(Arc::new), v6: v6.ok().map(Arc::new) })
+            }
         }
     }
 
@@ -65,6 +69,15 @@ impl Sockets {
 
     fn all(&self) -> impl Iterator<Item = &Arc<UdpSocket>> {
         self.v4.iter().chain(&self.v6)
+    }
+}
+
+/// A family that there is not is nobody's concern.
+fn warn_of_taken(family: &str, bound: &std::io::Result<UdpSocket>, port: u16) {
+    if let Err(error) = bound
+        && error.kind() == std::io::ErrorKind::AddrInUse
+    {
+        tracing::warn!(port, %error, "no announcements over {family}: another program has the UDP port; end it, or choose another for all hosts with discovery.port");
     }
 }
 
