@@ -48,8 +48,8 @@
 //! The URL has the hash part and NarHash, which is enough days later too. `store::tree` lays the tree out from metadata
 //! ([`nix::layout`]), so length and ranges are known before a file is read; `store::nar_reader` reads the files by that
 //! layout, `store::nar_chunks` where the next chunk is asked for if few files in memory make it, and several chunks at once where
-//! files are small, and `store::nar_stream` makes it a stream that holds the lease. A NAR of many small files is read once, into a copy that all who ask follow (`store::nar_copies`,
-//! `store::nar_copy`).
+//! files are small, and `store::nar_stream` makes it a stream that holds the lease. A NAR of many small files is read once, into a
+//! copy that all who ask follow (`store::nar_copies`, `store::nar_copy`).
 //! Contents that are in memory and long enough are not read at all: their file is opened where the next chunk is asked for, if the
 //! kernel has its name in memory, and the kernel sends them (`store::file_span`, `http::file_socket`).
 //!
@@ -62,8 +62,9 @@
 //! at once within one budget; the first good answer wins. `resolve::relay` gives the NAR: one
 //! download (`resolve::download`) from the peer that the peer cache names, or from whoever has it now, goes on at another one
 //! (`resolve::holders`) at the same offset where one fails, and is followed by all readers through a spool ([`cache::Spools`]).
-//! `resolve::verified` hashes its bytes on their way, and gathers them in buffers that are used again. A NAR over 32 MiB comes in pieces (`resolve::pieces`) from all who have it (`resolve::several`). A miss is remembered only if every peer that was asked said so, and is worth nothing
-//! after a peer came or gained the path ([`cache::Misses`]).
+//! `resolve::verified` hashes its bytes on their way, and gathers them in buffers that are used again. A NAR over 32 MiB comes in
+//! pieces (`resolve::pieces`) from all who have it (`resolve::several`). A miss is remembered only if every peer that was asked said
+//! so, and is worth nothing after a peer came or gained the path ([`cache::Misses`]).
 //!
 //! ## Who is not asked
 //! `store::names` counts the paths that come; `resolve::share` tells what is held as a filter, and what came after a number

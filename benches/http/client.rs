@@ -12,7 +12,7 @@ use crate::connection::Client;
 /// Where a server has a NAR, and how long it is.
 pub(crate) struct Nar {
     url: String,
-    size: usize,
+    pub(crate) size: usize,
 }
 
 /// Asks for all narinfos, one after the other, and says where their NARs are, by hash part.

@@ -1,9 +1,9 @@
 //! The local daemon against nginx with the same NARs as files: `cargo bench --bench http`.
 //!
 //! Both on loopback and from a warm cache, in turn, in every round; a ratio is the median of the rounds' own. Narinfos by wrk,
-//! NARs by a client that throws them away, `nix copy` into a fresh store. What many small files cost the kernel alone is measured beside. nginx has a worker for each core and sendfile. Needs
-//! nix-bin, nginx-light and wrk, and 6 GB in the temporary folder, which had better be no tmpfs: that can't say what is in
-//! memory, and no store lies on one.
+//! NARs by a client that throws them away, `nix copy` into a fresh store. What many small files cost the kernel alone is measured
+//! beside. nginx has a worker for each core and sendfile. Needs nix-bin, nginx-light and wrk, and 6 GB in the temporary folder,
+//! which had better be no tmpfs: that can't say what is in memory, and no store lies on one.
 //!
 //! `-- --rounds N` for other than five; `-- --only hits,misses,latency,large,middling,files,copy` for some of the rows.
 
@@ -214,11 +214,8 @@ impl Round<'_> {
         let rate = read(server.address, streams, vec![nar; streams]).rate();
         self.table.add(kind, first, Wanted::AtLeast(0.35), rate);
         if streams == 1 {
-            // Against nginx's NAR too: nobody who opens the files can have a better ratio.
-            let bare = || {
-                let (took, bytes) = read_files(&self.store.files_path);
-                bytes as f64 / 1e6 / took.as_secs_f64()
-            };
+            // In bytes of the NAR, as nginx's figure is: who opens the files for each NAR can't have a better ratio.
+            let bare = || nar.size as f64 / 1e6 / read_files(&self.store.files_path).as_secs_f64();
             let rate = if kind == Kind::Nginx { rate } else { bare() };
             self.table.add(kind, "its files only opened and read, MB/s", Wanted::Anything, rate);
         }

@@ -200,21 +200,27 @@ impl CopiedTo {
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
+    use std::path::Path;
 
     use super::super::tree::lay_out;
     use super::*;
 
+    /// The NAR of a folder with so many files of that size, from its beginning, and how long it is.
+    fn chunks_of(folder: &Path, files: usize, size: usize, pool: &BufferPool) -> (NarChunks, u64) {
+        for file in 0..files {
+            std::fs::write(folder.join(format!("f{file}")), vec![b'x'; size]).unwrap();
+        }
+        let layout = Arc::new(lay_out(folder).unwrap());
+        let len = layout.len();
+        (NarChunks::new(NarReader::new(folder.to_owned(), layout, 0..len), pool.clone()), len)
+    }
+
     #[tokio::test]
     async fn what_the_socket_takes_is_opened_here_whatever_was_missing_before() {
         let folder = tempfile::tempdir().unwrap();
-        for file in 0..3 {
-            std::fs::write(folder.path().join(format!("f{file}")), vec![b'x'; 100_000]).unwrap();
-        }
-        let layout = Arc::new(lay_out(folder.path()).unwrap());
-        let reader = NarReader::new(folder.path().to_owned(), Arc::clone(&layout), 0..layout.len());
-        let mut chunks = NarChunks::new(reader, BufferPool::default());
+        let (mut chunks, len) = chunks_of(folder.path(), 3, 100_000, &BufferPool::default());
         let (mut spans, mut read) = (0, 0);
-        while read < layout.len() {
+        while read < len {
             chunks.may_read = false;
             if let Some(span) = chunks.span() {
                 (spans, read) = (spans + 1, read + span.len() as u64);
@@ -229,14 +235,9 @@ mod tests {
     #[tokio::test]
     async fn a_chunk_keeps_its_place_until_it_is_taken() {
         let folder = tempfile::tempdir().unwrap();
-        for file in 0..4000 {
-            std::fs::write(folder.path().join(format!("f{file}")), vec![b'x'; 500]).unwrap();
-        }
-        let layout = Arc::new(lay_out(folder.path()).unwrap());
-        let (len, pool) = (layout.len(), BufferPool::default());
+        let pool = BufferPool::default();
         let free = pool.places_ahead();
-        let mut chunks =
-            NarChunks::new(NarReader::new(folder.path().to_owned(), layout, 0..len), pool.clone());
+        let (mut chunks, len) = chunks_of(folder.path(), 4000, 500, &pool);
         let first = poll_fn(|context| chunks.poll_next(context)).await.unwrap().unwrap();
         assert!(!first.is_empty());
         while !chunks.tasks.iter().all(JoinHandle::is_finished) {
