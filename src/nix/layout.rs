@@ -7,6 +7,8 @@
 
 use thiserror::Error;
 
+use super::nar_text::{self, NarText};
+
 /// Why a tree has no NAR.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum LayoutError {
@@ -26,8 +28,6 @@ pub enum LayoutError {
 
 /// The most entries of one NAR: about half a gigabyte of metadata.
 pub const MAX_ENTRIES: usize = 8 * 1024 * 1024;
-
-const MAGIC: &[u8] = b"nix-archive-1";
 
 /// What is said of a regular file when it is laid out, and has to hold when it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,10 +108,7 @@ impl LayoutBuilder {
     /// Closes the directory that was opened last.
     pub fn end(&mut self) -> Result<(), LayoutError> {
         self.open.pop().ok_or(LayoutError::Shape)?;
-        self.add(&[b")"])?;
-        if !self.open.is_empty() {
-            self.add(&[b")"])?;
-        }
+        self.close()?;
         self.nodes.push(Node { entry: Entry::End, name_len: 0 });
         Ok(())
     }
@@ -121,7 +118,7 @@ impl LayoutBuilder {
         self.push(name, Entry::File(meta))?;
         let padded = meta.size.checked_next_multiple_of(8).ok_or(LayoutError::TooLarge)?;
         self.len = self.len.checked_add(padded).ok_or(LayoutError::TooLarge)?;
-        self.close_leaf()
+        self.close()
     }
 
     /// A symbolic link.
@@ -130,7 +127,7 @@ impl LayoutBuilder {
         self.push(name, Entry::Symlink { target_len })?;
         self.text.extend_from_slice(target);
         self.add(&[target])?;
-        self.close_leaf()
+        self.close()
     }
 
     /// The finished layout.
@@ -152,7 +149,7 @@ impl LayoutBuilder {
             if !name.is_empty() {
                 return Err(LayoutError::Shape);
             }
-            self.add(&[MAGIC, b"("])?;
+            self.add(nar_text::OPEN_ROOT)?;
         } else {
             let latest = self.open.last_mut().ok_or(LayoutError::Shape)?;
             if matches!(name, b"" | b"." | b"..") || name.iter().any(|b| matches!(b, b'/' | 0)) {
@@ -163,7 +160,7 @@ impl LayoutBuilder {
             }
             *latest = Some((self.text.len(), name.len()));
             self.text.extend_from_slice(name);
-            self.add(&[b"entry", b"(", b"name", name, b"node", b"("])?;
+            self.add(&nar_text::open(name))?;
         }
         self.add(kind_strings(entry))?;
         if matches!(entry, Entry::File(_)) {
@@ -173,14 +170,12 @@ impl LayoutBuilder {
         Ok(())
     }
 
-    fn close_leaf(&mut self) -> Result<(), LayoutError> {
-        let closing: &[&[u8]] = if self.open.is_empty() { &[b")"] } else { &[b")", b")"] };
-        self.add(closing)
+    fn close(&mut self) -> Result<(), LayoutError> {
+        self.add(if self.open.is_empty() { nar_text::CLOSE_ROOT } else { nar_text::CLOSE })
     }
 
     fn add(&mut self, strings: &[&[u8]]) -> Result<(), LayoutError> {
-        let len: u64 = strings.iter().map(|s| 8 + s.len().next_multiple_of(8) as u64).sum();
-        self.len = self.len.checked_add(len).ok_or(LayoutError::TooLarge)?;
+        self.len = self.len.checked_add(nar_text::len(strings)).ok_or(LayoutError::TooLarge)?;
         Ok(())
     }
 }
@@ -188,12 +183,9 @@ impl LayoutBuilder {
 /// What follows the opening parenthesis of a node, up to where its own data begin.
 fn kind_strings(entry: Entry) -> &'static [&'static [u8]] {
     match entry {
-        Entry::Directory => &[b"type", b"directory"],
-        Entry::File(FileMeta { executable: true, .. }) => {
-            &[b"type", b"regular", b"executable", b"", b"contents"]
-        }
-        Entry::File(_) => &[b"type", b"regular", b"contents"],
-        Entry::Symlink { .. } => &[b"type", b"symlink", b"target"],
+        Entry::Directory => nar_text::DIRECTORY,
+        Entry::File(meta) => nar_text::file(meta.executable),
+        Entry::Symlink { .. } => nar_text::SYMLINK,
         Entry::End => &[],
     }
 }
@@ -228,54 +220,40 @@ pub enum Step<'a> {
 pub struct Cursor {
     node: usize,
     text: usize,
-    depth: usize,
-    /// Padding, in bytes, behind the contents of the file that the last step named.
-    after_file: Option<u8>,
+    literals: NarText,
+    /// The length of the file that the last step named.
+    after_file: Option<u64>,
 }
 
 impl Cursor {
     /// Appends the literal bytes up to the next step and says what it is. Always with the same layout.
     pub fn advance<'a>(&mut self, layout: &'a NarLayout, out: &mut Vec<u8>) -> Step<'a> {
-        if let Some(padding) = self.after_file.take() {
-            out.resize(out.len() + usize::from(padding), 0);
-            self.close(out);
+        if let Some(size) = self.after_file.take() {
+            self.literals.file_end(size, out);
         }
         let Some(node) = layout.nodes.get(self.node) else { return Step::Finished };
         let name = self.take_text(layout, usize::from(node.name_len));
-        if self.node == 0 {
-            put(out, &[MAGIC, b"("]);
-        } else if !matches!(node.entry, Entry::End) {
-            put(out, &[b"entry", b"(", b"name", name, b"node", b"("]);
-        }
         self.node += 1;
-        put(out, kind_strings(node.entry));
         match node.entry {
             Entry::Directory => {
-                self.depth += 1;
+                self.literals.directory(name, out);
                 Step::Enter(name)
             }
             Entry::End => {
-                self.depth = self.depth.saturating_sub(1);
-                self.close(out);
+                self.literals.end(out);
                 Step::Leave
             }
             Entry::File(meta) => {
-                out.extend_from_slice(&meta.size.to_le_bytes());
-                self.after_file = Some((meta.size.wrapping_neg() % 8) as u8);
+                self.literals.file(name, meta.size, meta.executable, out);
+                self.after_file = Some(meta.size);
                 Step::File { name, meta }
             }
             Entry::Symlink { target_len } => {
                 let target = self.take_text(layout, usize::from(target_len));
-                put(out, &[target]);
-                self.close(out);
+                self.literals.symlink(name, target, out);
                 Step::Symlink { name, target }
             }
         }
-    }
-
-    /// Closes a node, and the entry around it unless it is the root.
-    fn close(&self, out: &mut Vec<u8>) {
-        put(out, if self.depth == 0 { &[b")"] } else { &[b")", b")"] });
     }
 
     fn take_text<'a>(&mut self, layout: &'a NarLayout, len: usize) -> &'a [u8] {
@@ -285,16 +263,9 @@ impl Cursor {
     }
 }
 
-fn put(out: &mut Vec<u8>, strings: &[&[u8]]) {
-    for string in strings {
-        out.extend_from_slice(&(string.len() as u64).to_le_bytes());
-        out.extend_from_slice(string);
-        out.resize(out.len() + (string.len().wrapping_neg() % 8), 0);
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::nar_text::put;
     use super::*;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
@@ -399,7 +370,7 @@ mod tests {
             }
             prop_assert_eq!(depth, 0);
             let mut nar = Vec::new();
-            put(&mut nar, &[MAGIC]);
+            put(&mut nar, &[b"nix-archive-1"]);
             expected(&tree, &mut nar);
             prop_assert_eq!(layout.len(), nar.len() as u64);
             prop_assert!(out == nar);

@@ -12,6 +12,7 @@ pub mod cache_url;
 pub mod hash;
 pub mod layout;
 pub mod listing;
+pub mod nar_text;
 pub mod narinfo;
 pub mod secret_key;
 pub mod serve;
