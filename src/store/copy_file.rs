@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::OwnedSemaphorePermit;
@@ -38,8 +39,15 @@ pub(super) struct CopyFile {
 }
 
 impl CopyFile {
-    pub(super) fn new(file: File, room: Room) -> Self {
-        Self { file, _room: room }
+    /// Makes one in that folder. Blocking. Why there is none is said here.
+    pub(super) fn make(folder: &Path, room: Room) -> Option<Self> {
+        match tempfile::tempfile_in(folder) {
+            Ok(file) => Some(Self { file, _room: room }),
+            Err(error) => {
+                tracing::info!(directory = %folder.display(), %error, "no file for the copy of a NAR can be made; none is copied for a while");
+                None
+            }
+        }
     }
 
     pub(super) fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<()> {

@@ -10,6 +10,7 @@ mod child;
 mod copy_file;
 mod file_span;
 mod gains;
+mod in_order;
 mod known;
 mod lease_holder;
 mod lease_office;
@@ -22,6 +23,7 @@ mod names;
 mod nar_chunks;
 mod nar_copies;
 mod nar_copy;
+mod nar_head;
 mod nar_read_error;
 mod nar_reader;
 mod nar_stream;
@@ -29,6 +31,8 @@ mod open_directory;
 mod options;
 mod remembered_names;
 mod tree;
+mod tree_error;
+mod tree_part;
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -51,11 +55,12 @@ pub use nar_copies::NarCopies;
 pub use nar_read_error::NarReadError;
 pub use nar_stream::NarStream;
 pub use options::Options;
-pub use tree::TreeError;
+pub use tree_error::TreeError;
 
 use self::known::{KnownPaths, Stamp};
 use self::leases::Leases;
 use self::names::Names;
+use self::nar_copies::CopyAhead;
 use self::remembered_names::RememberedNames;
 use crate::metrics::StoreMetrics;
 use crate::nix::layout::NarLayout;
@@ -307,6 +312,11 @@ impl Store {
 
     /// The layout of a path's NAR. Its length is NarSize, or it is an error and the path is forgotten.
     pub async fn layout(&self, known: &KnownPath) -> Result<Arc<NarLayout>, StoreError> {
+        self.layout_for(known, false).await
+    }
+
+    /// The same. If the path is laid out for who asks for the whole NAR, a copy of that may be begun.
+    async fn layout_for(&self, known: &KnownPath, whole: bool) -> Result<Arc<NarLayout>, StoreError> {
         let hash = known.info.hash();
         let laid_out = || {
             let laid_out = self.0.layouts.get(&hash).filter(|(stamp, _)| *stamp == known.stamp);
@@ -320,7 +330,7 @@ impl Store {
         if let Some(layout) = laid_out() {
             return Ok(layout);
         }
-        let laid = self.lay_out(known).await;
+        let laid = self.lay_out(known, whole).await;
         match &laid {
             Ok(layout) => self.0.layouts.insert(hash, (known.stamp, Arc::clone(layout))),
             Err(_) => self.forget(&hash),
@@ -328,19 +338,25 @@ impl Store {
         laid
     }
 
-    async fn lay_out(&self, known: &KnownPath) -> Result<Arc<NarLayout>, StoreError> {
-        let layout = match tree::lay_out_file(&known.real) {
-            Some(layout) => layout,
+    async fn lay_out(&self, known: &KnownPath, whole: bool) -> Result<Arc<NarLayout>, StoreError> {
+        let (layout, copy) = match tree::lay_out_file(&known.real) {
+            Some(layout) => (layout, None),
             None => {
+                let mut copy = if whole { self.0.copies.ahead(known) } else { None };
                 let real = known.real.clone();
-                spawn_blocking(move || tree::lay_out(&real)).await.map_err(|_| StoreError::Closed)??
+                let lay_out = move || Ok((tree::lay_out(&real, copy.as_mut().map(CopyAhead::head))?, copy));
+                spawn_blocking(lay_out).await.map_err(|_| StoreError::Closed)?.map_err(StoreError::Tree)?
             }
         };
         if layout.len() != known.info.nar_size {
             let (expected, found) = (known.info.nar_size, layout.len());
             return Err(StoreError::WrongSize { path: known.real.clone(), expected, found });
         }
-        Ok(Arc::new(layout))
+        let layout = Arc::new(layout);
+        if let Some(copy) = copy {
+            self.0.copies.go_on(known, &layout, copy, &self.0.pool);
+        }
+        Ok(layout)
     }
 
     /// The listing of a path as JSON. `None`: it has names that JSON can't say.
@@ -354,7 +370,7 @@ impl Store {
     pub async fn nar(&self, known: &KnownPath, range: Range<u64>) -> Result<NarStream, StoreError> {
         // Before the tree is looked at: a lease that ends meanwhile would let it be deleted underneath.
         let lease = known.lease();
-        let layout = self.layout(known).await?;
+        let layout = self.layout_for(known, range == (0..known.info.nar_size)).await?;
         let copy = self.0.copies.of(known, &layout, &range, &self.0.pool);
         Ok(NarStream::new(self.clone(), known, layout, range, lease, copy))
     }

@@ -61,9 +61,9 @@ impl NarChunks {
         Self { rest, tasks: VecDeque::new(), pool, copy: None, takes_spans: false, may_read: true }
     }
 
-    /// Writes each chunk into the file too, before it is given out.
-    pub(super) fn copied_to(mut self, file: Arc<CopyFile>) -> Self {
-        self.copy = Some(CopiedTo { file, at: 0 });
+    /// Writes each chunk into the file too, from `at` on, before it is given out.
+    pub(super) fn copied_to(mut self, file: Arc<CopyFile>, at: u64) -> Self {
+        self.copy = Some(CopiedTo { file, at });
         self
     }
 
@@ -210,7 +210,7 @@ mod tests {
         for file in 0..files {
             std::fs::write(folder.join(format!("f{file}")), vec![b'x'; size]).unwrap();
         }
-        let layout = Arc::new(lay_out(folder).unwrap());
+        let layout = Arc::new(lay_out(folder, None).unwrap());
         let len = layout.len();
         (NarChunks::new(NarReader::new(folder.to_owned(), layout, 0..len), pool.clone()), len)
     }

@@ -13,20 +13,20 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::buffers::BufferPool;
-use super::copy_file::Room;
+use super::copy_file::{CopyFile, Room};
 use super::known::{KnownPath, Stamp};
+use super::leases::Lease;
 use super::nar_chunks::NarChunks;
 use super::nar_copy::{CopyReader, Made, NarCopy};
+use super::nar_head::{Head, NarHead, are_small};
 use super::nar_reader::NarReader;
 use crate::metrics::StoreMetrics;
 use crate::nix::StorePathHash;
 use crate::nix::layout::NarLayout;
 
-/// Only where an entry has fewer bytes than this on average; larger files are read as fast from where they are.
-const SMALL_FILES: u64 = 16 * 1024;
 /// A shorter NAR is read in no time from its tree.
 const SHORTEST: u64 = 4 * 1024 * 1024;
 /// One NAR may take so much of the room.
@@ -64,6 +64,31 @@ struct Table {
     copies: HashMap<StorePathHash, Entry>,
     /// When a copy failed last.
     failed: Option<Instant>,
+}
+
+impl Table {
+    fn is_paused(&self, now: Instant) -> bool {
+        self.failed.is_some_and(|at| now.saturating_duration_since(at) < PAUSE)
+    }
+}
+
+/// What it takes to make a copy: one of the makers' places, and the lease that keeps its path.
+struct Leave {
+    _place: OwnedSemaphorePermit,
+    _lease: Lease,
+}
+
+/// A copy that is begun while its path is laid out.
+pub(super) struct CopyAhead {
+    head: NarHead,
+    leave: Leave,
+}
+
+impl CopyAhead {
+    /// Where the NAR goes as far as it is read.
+    pub(super) fn head(&mut self) -> &mut NarHead {
+        &mut self.head
+    }
 }
 
 #[derive(Debug)]
@@ -107,24 +132,52 @@ impl NarCopies {
             return Some(CopyReader::new(&entry.copy));
         }
         // Who wants a part need not wait for what is before it, and does not want what comes after.
-        if *range != (0..len) || table.failed.is_some_and(|at| now.saturating_duration_since(at) < PAUSE) {
+        if *range != (0..len) || table.is_paused(now) {
             return None;
         }
-        let (place, lease) = (Arc::clone(&inner.makers).try_acquire_owned().ok()?, known.lease()?);
+        let leave = inner.leave(known)?;
         table.copies.remove(&hash);
         let room = inner.room_for(len, &mut table)?;
-        let reader = NarReader::new(known.real.clone(), Arc::clone(layout), 0..len);
-        let (copy, maker) = NarCopy::new(len);
-        let making = maker.run(inner.folder.clone(), NarChunks::new(reader, pool.clone()), room);
-        let (of_all, made) = (Arc::clone(inner), Arc::clone(&copy));
-        tokio::spawn(async move {
-            let end = making.await;
-            drop((place, lease));
-            of_all.ended(&hash, &made, end);
-        });
-        table.copies.insert(hash, Entry { stamp: known.stamp, copy: Arc::clone(&copy), asked: now });
+        let folder = inner.folder.clone();
+        let make_file = move || CopyFile::make(&folder, room);
+        let copy = inner.make(known, layout, pool, (leave, None), make_file, &mut table);
         inner.metrics.nars_from_copies.inc();
         Some(CopyReader::new(&copy))
+    }
+
+    /// A copy that is begun while the path is laid out. `None`: there is one, or there can't be.
+    pub(super) fn ahead(&self, known: &KnownPath) -> Option<CopyAhead> {
+        let (hash, len) = (known.info.hash(), known.info.nar_size);
+        let inner = self.0.as_ref().filter(|inner| inner.fits(len))?;
+        let table = inner.table();
+        let is_there = |entry: &Entry| entry.stamp == known.stamp && !entry.copy.has_failed();
+        if table.is_paused(Instant::now()) || table.copies.get(&hash).is_some_and(is_there) {
+            return None;
+        }
+        let (leave, of_all) = (inner.leave(known)?, Arc::clone(inner));
+        let make_file = move || {
+            let room = of_all.room_for(len, &mut of_all.table())?;
+            let file = CopyFile::make(&of_all.folder, room);
+            if file.is_none() {
+                of_all.table().failed = Some(Instant::now());
+            }
+            file
+        };
+        Some(CopyAhead { head: NarHead::new(Box::new(make_file)), leave })
+    }
+
+    /// Makes the rest of a copy that was begun, now that its path is laid out.
+    pub(super) fn go_on(
+        &self,
+        known: &KnownPath,
+        layout: &Arc<NarLayout>,
+        CopyAhead { head, leave }: CopyAhead,
+        pool: &BufferPool,
+    ) {
+        let inner = self.0.as_ref().filter(|inner| inner.is_worth_it(layout));
+        if let (Some(inner), Some(head)) = (inner, head.end()) {
+            inner.make(known, layout, pool, (leave, Some(head)), || None, &mut inner.table());
+        }
     }
 
     pub(super) fn forget(&self, hash: &StorePathHash) {
@@ -151,9 +204,43 @@ impl Inner {
     }
 
     fn is_worth_it(&self, layout: &NarLayout) -> bool {
-        let len = layout.len();
-        let fits = (SHORTEST..=self.capacity / LARGEST_SHARE).contains(&len);
-        fits && len / layout.entries() < SMALL_FILES
+        self.fits(layout.len()) && are_small(layout.len(), layout.entries())
+    }
+
+    fn fits(&self, len: u64) -> bool {
+        (SHORTEST..=self.capacity / LARGEST_SHARE).contains(&len)
+    }
+
+    /// `None`: enough are being made, or the path is not leased.
+    fn leave(&self, known: &KnownPath) -> Option<Leave> {
+        let (place, lease) = (Arc::clone(&self.makers).try_acquire_owned().ok()?, known.lease()?);
+        Some(Leave { _place: place, _lease: lease })
+    }
+
+    /// Puts a copy in the table, and makes what is not there of it.
+    fn make(
+        self: &Arc<Self>,
+        known: &KnownPath,
+        layout: &Arc<NarLayout>,
+        pool: &BufferPool,
+        (leave, head): (Leave, Option<Head>),
+        make_file: impl FnOnce() -> Option<CopyFile> + Send + 'static,
+        table: &mut Table,
+    ) -> Arc<NarCopy> {
+        let (hash, len) = (known.info.hash(), layout.len());
+        let from = head.as_ref().map_or(0, |(_, len)| *len);
+        let reader = NarReader::new(known.real.clone(), Arc::clone(layout), from..len);
+        let (copy, maker) = NarCopy::new(len, head);
+        let making = maker.run(NarChunks::new(reader, pool.clone()), make_file);
+        let (of_all, made) = (Arc::clone(self), Arc::clone(&copy));
+        tokio::spawn(async move {
+            let end = making.await;
+            drop(leave);
+            of_all.ended(&hash, &made, end);
+        });
+        let entry = Entry { stamp: known.stamp, copy: Arc::clone(&copy), asked: Instant::now() };
+        table.copies.insert(hash, entry);
+        copy
     }
 
     /// Room for a copy, for which those go that nobody has asked for the longest. `None`: what is there is being read.

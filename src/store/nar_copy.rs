@@ -5,7 +5,6 @@
 use std::future::poll_fn;
 use std::io::IoSliceMut;
 use std::ops::Range;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -18,9 +17,10 @@ use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::buffers::{BufferPool, CHUNK};
-use super::copy_file::{CopyFile, Room};
+use super::copy_file::CopyFile;
 use super::file_span::FileSpan;
 use super::nar_chunks::NarChunks;
+use super::nar_head::Head;
 
 /// A copy that nobody has read for so long is not made to its end.
 const LEFT_ALONE: Duration = Duration::from_secs(5);
@@ -47,9 +47,10 @@ struct Progress {
 pub(super) struct Gone;
 
 impl NarCopy {
-    /// A copy that is to be made, and who makes it.
-    pub(super) fn new(len: u64) -> (Arc<Self>, Maker) {
-        let (sender, progress) = watch::channel(Progress::default());
+    /// A copy that is to be made, of `len` bytes, and who makes it. `head` is its file, if there is one, and what that has.
+    pub(super) fn new(len: u64, head: Option<Head>) -> (Arc<Self>, Maker) {
+        let begun = head.map(|(file, ready)| Progress { file: Some(file), ready });
+        let (sender, progress) = watch::channel(begun.unwrap_or_default());
         let copy = Arc::new(Self { len, progress, readers: AtomicUsize::new(0) });
         (Arc::clone(&copy), Maker { copy, progress: sender, patience: LEFT_ALONE })
     }
@@ -93,19 +94,22 @@ pub(super) struct Maker {
 }
 
 impl Maker {
-    /// Writes the chunks into a file in that folder, at the pace of the disk.
-    pub(super) async fn run(self, folder: PathBuf, chunks: NarChunks, room: Room) -> Made {
-        let shown = folder.clone();
-        let file = match spawn_blocking(move || tempfile::tempfile_in(folder)).await {
-            Ok(Ok(file)) => Arc::new(CopyFile::new(file, room)),
-            Ok(Err(error)) => {
-                tracing::info!(directory = %shown.display(), %error, "no file for the copy of a NAR can be made; none is copied for a while");
-                return Made::Failed;
-            }
-            Err(_) => return Made::Failed,
+    /// Writes the chunks behind what is there, at the pace of the disk. The file is made in that folder, if there is none.
+    pub(super) async fn run(
+        self,
+        chunks: NarChunks,
+        make: impl FnOnce() -> Option<CopyFile> + Send + 'static,
+    ) -> Made {
+        let Progress { file, mut ready } = self.progress.borrow().clone();
+        let file = match file {
+            Some(file) => file,
+            None => match spawn_blocking(make).await {
+                Ok(Some(file)) => Arc::new(file),
+                _ => return Made::Failed,
+            },
         };
-        let mut chunks = chunks.copied_to(Arc::clone(&file));
-        let (mut ready, mut last_read) = (0, Instant::now());
+        let mut chunks = chunks.copied_to(Arc::clone(&file), ready);
+        let mut last_read = Instant::now();
         while let Some(chunk) = poll_fn(|context| chunks.poll_next(context)).await {
             match chunk {
                 Ok(chunk) => ready += chunk.len() as u64,
@@ -201,6 +205,7 @@ mod tests {
     use prometheus_client::metrics::gauge::Gauge;
     use tokio::sync::Semaphore;
 
+    use super::super::copy_file::Room;
     use super::super::nar_reader::NarReader;
     use super::super::tree::lay_out;
     use super::*;
@@ -211,16 +216,16 @@ mod tests {
         for file in 0..400 {
             std::fs::write(tree.join(format!("f{file}")), vec![b'x'; 5000]).unwrap();
         }
-        let layout = Arc::new(lay_out(tree).unwrap());
+        let layout = Arc::new(lay_out(tree, None).unwrap());
         let (len, taken) = (layout.len(), Gauge::default());
         let reader = NarReader::new(tree.to_owned(), layout, 0..len);
         let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
         let room = Room::new(len, permit, taken.clone());
-        let (copy, mut maker) = NarCopy::new(len);
+        let (copy, mut maker) = NarCopy::new(len, None);
         maker.patience = Duration::ZERO;
         let folder = tree.parent().unwrap().to_owned();
         let chunks = NarChunks::new(reader, BufferPool::default());
-        (copy, taken, maker.run(folder, chunks, room))
+        (copy, taken, maker.run(chunks, move || CopyFile::make(&folder, room)))
     }
 
     async fn until_free(taken: &Gauge) {

@@ -339,6 +339,7 @@ fn clamp(bytes: u64) -> usize {
 #[cfg(test)]
 mod tests {
     use super::super::tree;
+    use super::super::tree_error::TreeError;
     use super::*;
     use proptest::prelude::*;
     use std::io::Read as _;
@@ -434,7 +435,7 @@ mod tests {
             let mut expected = Vec::new();
             nix_nar::Encoder::new(&root).unwrap().read_to_end(&mut expected).unwrap();
 
-            let layout = Arc::new(tree::lay_out(&root).unwrap());
+            let layout = Arc::new(tree::lay_out(&root, None).unwrap());
             prop_assert_eq!(layout.len(), expected.len() as u64);
             prop_assert!(read(&root, &layout, 0..layout.len(), chunk) == expected);
             prop_assert!(read_in_parts(&root, &layout, 0..layout.len(), chunk) == expected);
@@ -449,8 +450,8 @@ mod tests {
     fn what_no_nar_can_hold_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
-        assert!(matches!(tree::lay_out(folder.path()), Err(tree::TreeError::Kind(_))));
-        assert!(matches!(tree::lay_out(&folder.path().join("nothing")), Err(tree::TreeError::Io { .. })));
+        assert!(matches!(tree::lay_out(folder.path(), None), Err(TreeError::Kind(_))));
+        assert!(matches!(tree::lay_out(&folder.path().join("nothing"), None), Err(TreeError::Io { .. })));
     }
 
     #[test]
@@ -460,7 +461,7 @@ mod tests {
         std::fs::create_dir(&root).unwrap();
         symlink("target", root.join("a")).unwrap();
         std::fs::write(root.join("b"), vec![7; 5000]).unwrap();
-        let layout = Arc::new(tree::lay_out(&root).unwrap());
+        let layout = Arc::new(tree::lay_out(&root, None).unwrap());
         let expected = read(&root, &layout, 0..layout.len(), 1000);
         std::fs::rename(root.join("b"), folder.path().join("away")).unwrap();
         let mut reader = NarReader::new(root.clone(), Arc::clone(&layout), 0..layout.len());
@@ -483,7 +484,7 @@ mod tests {
             std::fs::write(root.join(format!("a{number}")), vec![7; 1000]).unwrap();
         }
         std::fs::write(root.join("b"), vec![8; 100_000]).unwrap();
-        let layout = Arc::new(tree::lay_out(&root).unwrap());
+        let layout = Arc::new(tree::lay_out(&root, None).unwrap());
         let mut reader = NarReader::new(root.clone(), Arc::clone(&layout), 0..layout.len());
         let small = MOST_FILES as u64 * 1000;
         assert!(reader.is_quick(small) && !reader.is_quick(small + 1));

@@ -1,225 +1,270 @@
 //! From a tree on disk to the layout of its NAR. Blocking: call it where that is allowed.
 //!
-//! Reads metadata only. What no NAR can hold (devices, sockets, pipes) is an error, as it is for Nix.
+//! Reads metadata, and the files as well where the head of the NAR is wanted. What no NAR can hold (devices, sockets, pipes) is an
+//! error, as it is for Nix.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat};
-use thiserror::Error;
+use crossbeam_channel::unbounded;
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
 
-use crate::nix::layout::{FileMeta, LayoutBuilder, LayoutError, NarLayout};
+use super::in_order::in_order;
+use super::nar_head::NarHead;
+use super::open_directory::file_meta;
+use super::tree_error::TreeError;
+use super::tree_part::{Entry, ReadPart, TreePart};
+use crate::nix::layout::{LayoutBuilder, NarLayout};
 
-/// Why a tree can't be laid out.
-#[derive(Debug, Error)]
-pub enum TreeError {
-    /// The system refuses; a path that is being deleted shows as missing here.
-    #[error("{path}: {source}")]
-    Io {
-        /// What was read.
-        path: PathBuf,
-        /// What the system says.
-        source: rustix::io::Errno,
-    },
-    /// A device, socket or pipe.
-    #[error("{0}: a NAR holds files, directories and symbolic links only")]
-    Kind(PathBuf),
-    /// The layout refuses it.
-    #[error("{path}: {source}")]
-    Layout {
-        /// Where.
-        path: PathBuf,
-        /// Why.
-        source: LayoutError,
-    },
-}
-
-/// From so many directories in one on, they are read at the same time: fewer would not pay for the threads.
-const MANY: usize = 32;
-const MOST_THREADS: usize = 4;
-/// A thread takes so many directories at a time.
-const SHARE: usize = 8;
-
-/// One entry that waits for its turn.
-enum Pending {
-    Entry(Vec<u8>, Kind),
-    /// All entries of the innermost directory are done.
-    End,
-}
-
-enum Kind {
-    /// With its entries, if they were read ahead.
-    Directory(Option<Vec<Pending>>),
-    File(FileMeta),
-    Symlink(Vec<u8>),
-}
+/// So many files make a part of a tree; fewer are done sooner than another thread is woken.
+const PART: usize = 64;
+/// As how many files a directory counts, which has to be opened.
+const DIRECTORY: usize = 4;
 
 /// Lays out the tree at `root` if it is a file, at the cost of one `lstat`: not blocking where that was just done.
 pub(super) fn lay_out_file(root: &Path) -> Option<NarLayout> {
     let stat = rustix::fs::lstat(root).ok()?;
     let mut builder = LayoutBuilder::default();
-    let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
-    builder.file(b"", is_file.then(|| file_meta(&stat))?).ok()?;
+    builder.file(b"", file_meta(&stat)?).ok()?;
     builder.finish().ok()
 }
 
-/// Lays out the tree at `root`, which may be a directory, a file or a symbolic link.
-pub(super) fn lay_out(root: &Path) -> Result<NarLayout, TreeError> {
+/// Lays out the tree at `root`, which may be a directory, a file or a symbolic link. Writes the head of its NAR meanwhile, as
+/// far as the head takes it.
+pub(super) fn lay_out(root: &Path, mut head: Option<&mut NarHead>) -> Result<NarLayout, TreeError> {
+    let stat = rustix::fs::lstat(root).map_err(TreeError::io(root))?;
+    let layout = |source| TreeError::Layout { path: root.to_owned(), source };
     let mut builder = LayoutBuilder::default();
-    let mut place = root.to_owned();
-    let stat = rustix::fs::lstat(root).map_err(|source| io(root, source))?;
-    let kind = kind(&stat, rustix::fs::CWD, root.as_os_str(), root)?;
-    let mut pending = vec![Pending::Entry(Vec::new(), kind)];
-    while let Some(next) = pending.pop() {
-        let laid = match next {
-            Pending::Entry(name, Kind::Directory(read)) => {
-                if !name.is_empty() {
-                    place.push(OsStr::from_bytes(&name));
-                }
-                pending.push(Pending::End);
-                let mut entries = read.map_or_else(|| entries(&place), Ok)?;
-                read_ahead(&mut entries, &place)?;
-                // The last one pushed is the first to have its turn.
-                pending.extend(entries.into_iter().rev());
-                builder.directory(&name)
-            }
-            Pending::Entry(name, Kind::File(meta)) => builder.file(&name, meta),
-            Pending::Entry(name, Kind::Symlink(target)) => builder.symlink(&name, &target),
-            Pending::End => {
-                if place != root {
-                    place.pop();
-                }
-                builder.end()
-            }
-        };
-        laid.map_err(|source| TreeError::Layout { path: place.clone(), source })?;
-    }
-    builder.finish().map_err(|source| TreeError::Layout { path: root.to_owned(), source })
-}
-
-/// Reads the directories among the entries, where they are many, on all processors.
-fn read_ahead(found: &mut [Pending], place: &Path) -> Result<(), TreeError> {
-    let mut directories: Vec<(PathBuf, &mut Option<Vec<Pending>>)> = Vec::new();
-    for entry in found {
-        if let Pending::Entry(name, Kind::Directory(read @ None)) = entry {
-            directories.push((place.join(OsStr::from_bytes(name)), read));
-        }
-    }
-    if directories.len() < MANY {
-        return Ok(());
-    }
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_THREADS);
-    on_threads(threads, &mut directories, |(path, read)| entries(path).map(|found| **read = Some(found)))
-}
-
-/// Does each item, on at most so many threads, this one among them. Whatever the system refuses to start, the others do.
-fn on_threads<T: Send>(
-    threads: usize,
-    items: &mut [T],
-    work: impl Fn(&mut T) -> Result<(), TreeError> + Sync,
-) -> Result<(), TreeError> {
-    let shares = Mutex::new(items.chunks_mut(SHARE));
-    let next = || shares.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let work = || std::iter::from_fn(next).flatten().try_for_each(&work);
-    std::thread::scope(|scope| {
-        let others = (1..threads).map_while(|_| std::thread::Builder::new().spawn_scoped(scope, work).ok());
-        // Collected: all are to begin before this one does.
-        let others: Vec<_> = others.collect();
-        let mut done = work();
-        for other in others {
-            // It does not panic; if it did, nothing would be read ahead.
-            done = done.and(other.join().unwrap_or(Ok(())));
-        }
-        done
-    })
-}
-
-/// The entries of a directory, sorted by the bytes of their names.
-fn entries(directory: &Path) -> Result<Vec<Pending>, TreeError> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = rustix::fs::open(directory, flags, Mode::empty()).map_err(|e| io(directory, e))?;
-    let mut names: Vec<(Vec<u8>, FileType)> = Vec::new();
-    let mut dir = Dir::read_from(&fd).map_err(|source| io(directory, source))?;
-    while let Some(entry) = dir.read() {
-        let entry = entry.map_err(|source| io(directory, source))?;
-        let name = entry.file_name().to_bytes();
-        if !matches!(name, b"." | b"..") {
-            names.push((name.to_vec(), entry.file_type()));
-        }
-    }
-    names.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
-    let entry = |(name, file_type): (Vec<u8>, FileType)| {
-        // The type that the directory tells spares a stat of everything but files.
-        let kind = match file_type {
-            FileType::Directory => Kind::Directory(None),
-            FileType::Symlink => link(&fd, &name, directory)?,
-            _ => {
-                let os_name = OsStr::from_bytes(&name);
-                let stat = rustix::fs::statat(&fd, os_name, AtFlags::SYMLINK_NOFOLLOW)
-                    .map_err(|source| io(&directory.join(os_name), source))?;
-                self::kind(&stat, &fd, os_name, &directory.join(os_name))?
-            }
-        };
-        Ok(Pending::Entry(name, kind))
-    };
-    names.into_iter().map(entry).collect()
-}
-
-fn link(fd: impl std::os::fd::AsFd, name: &[u8], directory: &Path) -> Result<Kind, TreeError> {
-    let name = OsStr::from_bytes(name);
-    let target =
-        rustix::fs::readlinkat(fd, name, Vec::new()).map_err(|source| io(&directory.join(name), source))?;
-    Ok(Kind::Symlink(target.into_bytes()))
-}
-
-fn kind(stat: &Stat, fd: impl std::os::fd::AsFd, name: &OsStr, path: &Path) -> Result<Kind, TreeError> {
     match FileType::from_raw_mode(stat.st_mode) {
-        FileType::Directory => Ok(Kind::Directory(None)),
-        FileType::RegularFile => Ok(Kind::File(file_meta(stat))),
-        FileType::Symlink => {
-            let target = rustix::fs::readlinkat(fd, name, Vec::new()).map_err(|source| io(path, source))?;
-            Ok(Kind::Symlink(target.into_bytes()))
+        FileType::Directory => {}
+        FileType::RegularFile => {
+            let meta = file_meta(&stat).ok_or_else(|| TreeError::Changed(root.to_owned()))?;
+            builder.file(b"", meta).map_err(layout)?;
+            return builder.finish().map_err(layout);
         }
-        _ => Err(TreeError::Kind(path.to_owned())),
+        FileType::Symlink => {
+            let target = rustix::fs::readlink(root, Vec::new()).map_err(TreeError::io(root))?;
+            builder.symlink(b"", target.as_bytes()).map_err(layout)?;
+            return builder.finish().map_err(layout);
+        }
+        _ => return Err(TreeError::Kind(root.to_owned())),
+    }
+    let is_read = AtomicBool::new(head.is_some());
+    // Buffers that come back.
+    let (give_back, buffers) = unbounded();
+    let read = |part: TreePart| {
+        let buffer = is_read.load(Ordering::Relaxed).then(|| buffers.try_recv().unwrap_or_default());
+        part.read(root, buffer)
+    };
+    let take = |part: Result<ReadPart, TreeError>| {
+        let part = part?;
+        part.lay_out(&mut builder).map_err(layout)?;
+        let goes_on = match (&mut head, &part.nar) {
+            (Some(head), Some(nar)) => head.put(nar, part.len()),
+            _ => false,
+        };
+        if !goes_on {
+            head = None;
+            is_read.store(false, Ordering::Relaxed);
+        }
+        if let Some(mut nar) = part.nar.filter(|_| goes_on) {
+            nar.clear();
+            let _ = give_back.send(nar);
+        }
+        Ok(())
+    };
+    in_order(Parts::new(root), read, take)?;
+    builder.finish().map_err(layout)
+}
+
+/// The parts of a tree, in their order. A directory is read when its entries are due.
+struct Parts {
+    place: PathBuf,
+    depth: usize,
+    /// The last one has its turn next. `None`: all entries of the innermost directory are done.
+    pending: Vec<Option<(Vec<u8>, FileType)>>,
+}
+
+impl Parts {
+    fn new(root: &Path) -> Self {
+        let pending = vec![Some((Vec::new(), FileType::Directory))];
+        Self { place: root.to_owned(), depth: 0, pending }
+    }
+
+    fn enter(&mut self, name: &[u8]) -> Result<(), TreeError> {
+        if self.depth > 0 {
+            self.place.push(OsStr::from_bytes(name));
+        }
+        self.depth += 1;
+        self.pending.push(None);
+        let entries = entries(&self.place)?;
+        self.pending.extend(entries.into_iter().rev().map(Some));
+        Ok(())
+    }
+
+    fn leave(&mut self) {
+        self.depth -= 1;
+        if self.depth > 0 {
+            self.place.pop();
+        }
     }
 }
 
-/// What a layout keeps of a regular file.
-pub(super) fn file_meta(stat: &Stat) -> FileMeta {
-    let nanoseconds = stat.st_mtime.wrapping_mul(1_000_000_000).wrapping_add_unsigned(stat.st_mtime_nsec);
-    FileMeta {
-        size: u64::try_from(stat.st_size).unwrap_or_default(),
-        executable: stat.st_mode & 0o100 != 0,
-        modified_ns: nanoseconds,
+impl Iterator for Parts {
+    type Item = Result<TreePart, TreeError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let mut part = TreePart { place: self.place.clone(), depth: self.depth, entries: Vec::new() };
+        let mut weight = 0;
+        while weight < PART {
+            let Some(next) = self.pending.pop() else { break };
+            part.entries.push(match next {
+                Some((name, FileType::Directory)) => {
+                    weight += DIRECTORY;
+                    if let Err(error) = self.enter(&name) {
+                        return Some(Err(error));
+                    }
+                    Entry::Enter(name)
+                }
+                Some((name, kind)) => {
+                    weight += 1;
+                    Entry::Leaf(name, kind)
+                }
+                None => {
+                    self.leave();
+                    Entry::Leave
+                }
+            });
+        }
+        (!part.entries.is_empty()).then_some(Ok(part))
     }
 }
 
-fn io(path: &Path, source: rustix::io::Errno) -> TreeError {
-    TreeError::Io { path: path.to_owned(), source }
+/// The entries of a directory and their kinds, sorted by the bytes of their names.
+fn entries(directory: &Path) -> Result<Vec<(Vec<u8>, FileType)>, TreeError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(directory, flags, Mode::empty()).map_err(TreeError::io(directory))?;
+    let mut entries: Vec<(Vec<u8>, FileType)> = Vec::new();
+    let mut dir = Dir::read_from(&fd).map_err(TreeError::io(directory))?;
+    while let Some(entry) = dir.read() {
+        let entry = entry.map_err(TreeError::io(directory))?;
+        let name = entry.file_name().to_bytes();
+        if matches!(name, b"." | b"..") {
+            continue;
+        }
+        let kind = match entry.file_type() {
+            // Some file systems don't say.
+            FileType::Unknown => {
+                let stat = rustix::fs::statat(&fd, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW);
+                let path = directory.join(OsStr::from_bytes(name));
+                FileType::from_raw_mode(stat.map_err(TreeError::io(&path))?.st_mode)
+            }
+            kind => kind,
+        };
+        if !matches!(kind, FileType::Directory | FileType::RegularFile | FileType::Symlink) {
+            return Err(TreeError::Kind(directory.join(OsStr::from_bytes(name))));
+        }
+        entries.push((name.to_vec(), kind));
+    }
+    entries.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+    Ok(entries)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Read as _;
+    use std::sync::Arc;
+
+    use prometheus_client::metrics::gauge::Gauge;
+    use tokio::sync::Semaphore;
+
+    use super::super::copy_file::{CopyFile, Room};
+    use super::super::nar_head::Head;
+    use super::super::nar_reader::NarReader;
     use super::*;
 
-    #[test]
-    fn every_item_is_done_once_on_however_many_threads() {
-        for threads in [1, 2, 7] {
-            let mut items = vec![0; 1000];
-            let work = |item: &mut i32| {
-                *item += 1;
-                Ok(())
-            };
-            on_threads(threads, &mut items, work).unwrap();
-            assert!(items.iter().all(|item| *item == 1), "{threads}");
+    /// A tree of many parts: files of up to `largest` bytes, links and directories, some of them empty, wide and deep.
+    fn grow(root: &Path, largest: usize) {
+        for number in 0..1500_usize {
+            let mut place = root.join(format!("d{}", number % 23));
+            for level in 0..number % 6 {
+                place.push(format!("level-{level}"));
+            }
+            if number % 41 == 0 {
+                place.push("nothing");
+            }
+            std::fs::create_dir_all(&place).unwrap();
+            match number % 41 {
+                0 => {}
+                1 => std::os::unix::fs::symlink(format!("../f{number}"), place.join(format!("l{number}")))
+                    .unwrap(),
+                _ => std::fs::write(place.join(format!("f{number}")), vec![b'x'; number * 7919 % largest])
+                    .unwrap(),
+            }
         }
-        let fails = |item: &mut i32| match *item {
-            77 => Err(TreeError::Kind(PathBuf::new())),
-            _ => Ok(()),
-        };
-        let mut items: Vec<i32> = (0..100).collect();
-        assert!(on_threads(2, &mut items, fails).is_err());
+    }
+
+    fn nar(root: &Path) -> Vec<u8> {
+        let mut nar = Vec::new();
+        nix_nar::Encoder::new(root).unwrap().read_to_end(&mut nar).unwrap();
+        nar
+    }
+
+    /// The tree laid out with a head, and what the head has.
+    fn with_head(root: &Path) -> (Arc<NarLayout>, Option<Head>) {
+        let folder = root.parent().unwrap().to_owned();
+        let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
+        let room = Room::new(0, permit, Gauge::default());
+        let mut head = NarHead::new(Box::new(move || CopyFile::make(&folder, room)));
+        (Arc::new(lay_out(root, Some(&mut head)).unwrap()), head.end())
+    }
+
+    /// What the head has, and what it has not as it is read by the layout.
+    fn head_and_rest(root: &Path) -> (usize, Vec<u8>) {
+        let (layout, head) = with_head(root);
+        let (file, len) = head.unwrap();
+        let mut nar = vec![0; layout.len() as usize];
+        let (head, rest) = nar.split_at_mut(len as usize);
+        file.read_exact_at(head, 0).unwrap();
+        let mut reader = NarReader::new(root.to_owned(), Arc::clone(&layout), len..layout.len());
+        assert_eq!(reader.fill(rest).unwrap(), rest.len());
+        (len as usize, nar)
+    }
+
+    #[test]
+    fn the_head_of_a_nar_is_what_another_writer_of_nars_says_and_its_rest_follows_from_the_layout() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        grow(&root, 9000);
+        let expected = nar(&root);
+        let (len, written) = head_and_rest(&root);
+        // A machine that is busy ends it early.
+        assert!(len > 0 && written == expected);
+        assert_eq!(lay_out(&root, None).unwrap().len(), expected.len() as u64);
+    }
+
+    #[test]
+    fn a_long_file_ends_the_head_and_large_ones_have_none() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        grow(&root, 9000);
+        let long = root.join("d5/level-0/long");
+        std::fs::write(&long, vec![b'y'; 3_000_000]).unwrap();
+        let (len, written) = head_and_rest(&root);
+        let expected = nar(&root);
+        assert!(written == expected);
+        let behind = expected.windows(8).position(|bytes| bytes == b"yyyyyyyy").unwrap();
+        assert!((1..behind).contains(&len), "{len} of {behind}");
+
+        let large = folder.path().join("large");
+        std::fs::create_dir(&large).unwrap();
+        for number in 0..70 {
+            std::fs::write(large.join(format!("f{number}")), vec![b'x'; 20_000]).unwrap();
+        }
+        let (layout, head) = with_head(&large);
+        assert!(head.is_none());
+        assert_eq!(layout.len(), nar(&large).len() as u64);
     }
 }

@@ -1,0 +1,150 @@
+//! A part of a tree, some of its entries in the order of a NAR: looked at, or read into the bytes of their NAR.
+//!
+//! Reading a file tells the same as looking at it. So a tree of many small files is read while it is laid out, where that is
+//! wanted, and each of them is found once instead of twice.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::buffer::spare_capacity;
+use rustix::fs::{FileType, ResolveFlags};
+
+use super::open_directory::{OpenDirectory, file_meta};
+use super::tree_error::TreeError;
+use crate::nix::layout::{FileMeta, LayoutBuilder, LayoutError};
+use crate::nix::nar_text::NarText;
+
+/// The longest bytes of a part; one that would have more is only looked at.
+const LONGEST: usize = 1024 * 1024;
+
+/// An entry whose name and kind its directory tells.
+#[derive(Debug)]
+pub(super) enum Entry {
+    /// The root has the empty name.
+    Enter(Vec<u8>),
+    Leave,
+    /// A file or a symbolic link.
+    Leaf(Vec<u8>, FileType),
+}
+
+/// Entries that follow each other.
+#[derive(Debug)]
+pub(super) struct TreePart {
+    /// The directory that the first of them is in, or the root where that is the first, and how deep it lies.
+    pub(super) place: PathBuf,
+    pub(super) depth: usize,
+    pub(super) entries: Vec<Entry>,
+}
+
+/// What a part came to.
+#[derive(Debug)]
+pub(super) struct ReadPart {
+    entries: Vec<(Vec<u8>, Known)>,
+    /// The bytes of all of it, if it was read.
+    pub(super) nar: Option<Vec<u8>>,
+}
+
+/// What is known of an entry after a look.
+#[derive(Debug)]
+enum Known {
+    Directory,
+    End,
+    File(FileMeta),
+    Symlink(Vec<u8>),
+}
+
+impl TreePart {
+    /// Looks at each entry. With a buffer, which has to be empty, each file is read as well, unless something is in the way of that.
+    pub(super) fn read(self, root: &Path, buffer: Option<Vec<u8>>) -> Result<ReadPart, TreeError> {
+        let mut directory = OpenDirectory::new(self.place);
+        let mut text = NarText::at_depth(self.depth);
+        let mut entries = Vec::with_capacity(self.entries.len());
+        let mut nar = buffer;
+        for entry in self.entries {
+            entries.push(match entry {
+                Entry::Enter(name) => {
+                    directory.enter(&name);
+                    if let Some(nar) = &mut nar {
+                        text.directory(&name, nar);
+                    }
+                    (name, Known::Directory)
+                }
+                Entry::Leave => {
+                    directory.leave(root);
+                    if let Some(nar) = &mut nar {
+                        text.end(nar);
+                    }
+                    (Vec::new(), Known::End)
+                }
+                Entry::Leaf(name, FileType::Symlink) => {
+                    let target = directory.link(&name).map_err(TreeError::io(&directory.path_of(&name)))?;
+                    if let Some(nar) = &mut nar {
+                        text.symlink(&name, &target, nar);
+                    }
+                    (name, Known::Symlink(target))
+                }
+                Entry::Leaf(name, _) => {
+                    let read = nar.as_mut().and_then(|nar| read_file(&mut directory, &name, text, nar));
+                    let meta = match read {
+                        Some(meta) => meta,
+                        None => {
+                            // Whatever it was: who may say so looks at it, or reads it later.
+                            nar = None;
+                            look_at(&mut directory, &name)?
+                        }
+                    };
+                    (name, Known::File(meta))
+                }
+            });
+        }
+        Ok(ReadPart { entries, nar })
+    }
+}
+
+impl ReadPart {
+    /// How many entries it has; the ends of directories count too.
+    pub(super) fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Lays it out behind what was laid out before.
+    pub(super) fn lay_out(&self, builder: &mut LayoutBuilder) -> Result<(), LayoutError> {
+        self.entries.iter().try_for_each(|(name, known)| match known {
+            Known::Directory => builder.directory(name),
+            Known::End => builder.end(),
+            Known::File(meta) => builder.file(name, *meta),
+            Known::Symlink(target) => builder.symlink(name, target),
+        })
+    }
+}
+
+fn look_at(directory: &mut OpenDirectory, name: &[u8]) -> Result<FileMeta, TreeError> {
+    let stat = directory.look_at(name).map_err(TreeError::io(&directory.path_of(name)))?;
+    file_meta(&stat).ok_or_else(|| TreeError::Changed(directory.path_of(name)))
+}
+
+/// Appends a file to a NAR. `None`: it is too long for here, or can't be read; what was appended is of no use then.
+fn read_file(
+    directory: &mut OpenDirectory,
+    name: &[u8],
+    text: NarText,
+    nar: &mut Vec<u8>,
+) -> Option<FileMeta> {
+    let (fd, meta) = directory.open_file(name, ResolveFlags::empty()).ok()?;
+    let meta = meta?;
+    let size = usize::try_from(meta.size).ok().filter(|size| nar.len() + size <= LONGEST)?;
+    text.file(name, meta.size, meta.executable, nar);
+    if size > 0 {
+        read_whole(&fd, size, nar)?;
+    }
+    text.file_end(meta.size, nar);
+    Some(meta)
+}
+
+/// `None`: it is longer or shorter than it was, or can't be read at once.
+fn read_whole(fd: &OwnedFd, size: usize, out: &mut Vec<u8>) -> Option<()> {
+    out.reserve(size);
+    let before = out.len();
+    rustix::io::pread(fd, spare_capacity(out), 0).ok()?;
+    (out.len() - before == size).then_some(())
+}
