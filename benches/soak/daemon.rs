@@ -10,6 +10,7 @@ use std::process::{Child, Stdio};
 use std::sync::{Arc, Mutex};
 
 use crate::LEASE;
+use crate::descriptors;
 use crate::nix::{self, Store};
 
 /// How often each message was logged, and the first line with it.
@@ -93,8 +94,17 @@ impl Daemon {
         self.log.lock().expect("the log").clone()
     }
 
+    /// What it has open, by kind.
+    pub(crate) fn descriptors(&self) -> BTreeMap<String, u64> {
+        descriptors::of_process(&self.proc_folder())
+    }
+
+    fn proc_folder(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}", self.process.id()))
+    }
+
     pub(crate) fn sample(&self) -> Sample {
-        let process = PathBuf::from(format!("/proc/{}", self.process.id()));
+        let process = self.proc_folder();
         let status = fs::read_to_string(process.join("status")).expect("a daemon that lives");
         let field = |name: &str| {
             let value = status.lines().find_map(|line| line.strip_prefix(name));

@@ -11,6 +11,7 @@
 
 mod clients;
 mod daemon;
+mod descriptors;
 mod nix;
 mod promises;
 mod report;

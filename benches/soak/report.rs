@@ -61,6 +61,8 @@ pub(crate) fn report(soak: &Soak, local: &Daemon, samples: &[(Duration, Sample)]
     let (broken, decided) = soak.promises.judge();
     println!("{:<36}{decided}", "narinfos of what a collector had");
     let is_flat = is_flat(samples, rest);
+    println!("open after the load:");
+    local.descriptors().iter().for_each(|(kind, number)| println!("  {number} times {kind}"));
     // A NAR of the local store is leased while it is read.
     let local_cuts = log.get("WARN a NAR was cut short; the client was told by a closed connection");
     let answered_5xx = sum("http_requests_total", "status=\"5") as u64;

@@ -36,6 +36,8 @@ const MAX_NARINFO: usize = 512 * 1024;
 const SHORT_HOLDINGS: u64 = 128 * 1024;
 /// Connections to a peer that are kept open for the next request.
 const IDLE_CONNECTIONS: usize = 8;
+/// For so long. Hundreds of peers would hold thousands of descriptors, and a new connection costs one round trip.
+const IDLE_TIME: Duration = Duration::from_secs(10);
 /// After how long a datagram is sent once more; the pause doubles.
 const FIRST_RESEND: Duration = Duration::from_millis(30);
 
@@ -81,6 +83,7 @@ impl PeerClient {
             .tcp_nodelay(true)
             .redirect(reqwest::redirect::Policy::none())
             .pool_max_idle_per_host(IDLE_CONNECTIONS)
+            .pool_idle_timeout(IDLE_TIME)
             .connect_timeout(Duration::from_secs(2));
         let base = match peer.address {
             // A link-local address needs its interface, which no URL can say.
