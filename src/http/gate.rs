@@ -30,7 +30,7 @@ const HEAVY_WAIT: Duration = Duration::from_secs(5);
 const STRANGERS: usize = 32;
 /// Descriptors of one connection at most: its socket, the directory that it reads, two files that the kernel sends, and the next.
 const DESCRIPTORS: usize = 5;
-/// Descriptors that are kept for listeners, logs, nix-store, the local Nix, copies of NARs and reading ahead.
+/// Descriptors that are kept for listeners, logs, nix-store, the local Nix, copies of NARs, laying out (nine each) and reading ahead.
 const RESERVED_DESCRIPTORS: usize = 320;
 
 /// Decides who may come in. One for all listeners.

@@ -1,4 +1,4 @@
-//! The file of a copy of a NAR, and the room that it takes.
+//! The file of a copy of a NAR, and what it takes to write one.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -7,6 +7,28 @@ use std::path::Path;
 
 use prometheus_client::metrics::gauge::Gauge;
 use tokio::sync::OwnedSemaphorePermit;
+
+use super::leases::Lease;
+
+/// Leave to write a copy: a place among those who do, and the lease that keeps its path meanwhile.
+#[derive(Debug)]
+pub(super) struct Leave {
+    _place: OwnedSemaphorePermit,
+    _lease: Lease,
+}
+
+impl Leave {
+    pub(super) fn new(place: OwnedSemaphorePermit, lease: Lease) -> Self {
+        Self { _place: place, _lease: lease }
+    }
+
+    #[cfg(test)]
+    pub(super) fn of_a_test() -> Self {
+        use std::sync::Arc;
+        let place = Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().unwrap();
+        Self::new(place, Lease(Arc::new(super::leases::Generation { id: 1 })))
+    }
+}
 
 /// Room on the disk, taken until this is dropped.
 #[derive(Debug)]
@@ -22,6 +44,12 @@ impl Room {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         taken.inc_by(bytes);
         Self { bytes, taken, _permit: permit }
+    }
+
+    #[cfg(test)]
+    pub(super) fn of_a_test(bytes: u64, taken: &Gauge) -> Self {
+        let permit = std::sync::Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().unwrap();
+        Self::new(bytes, permit, taken.clone())
     }
 }
 

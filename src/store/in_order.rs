@@ -1,6 +1,7 @@
 //! Work on several threads, with its results in order, and never more than a few of them at once. Blocking.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::Builder;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
@@ -18,36 +19,44 @@ pub(super) fn in_order<T: Send, R: Send, E>(
 ) -> Result<(), E> {
     let (put, waiting) = unbounded();
     let mut results = VecDeque::with_capacity(AT_ONCE);
+    let ended = AtomicBool::new(false);
     let do_one = |(item, result): (T, Sender<R>)| {
-        // Nobody waits for it after an error.
-        let _ = result.send(work(item));
+        if !ended.load(Ordering::Relaxed) {
+            // Nobody waits for it after an error.
+            let _ = result.send(work(item));
+        }
     };
     std::thread::scope(|scope| {
-        // Dropped on every way out of here, which ends the threads.
-        let put = put;
         let mut threads = 1;
-        loop {
-            while results.len() < AT_ONCE
-                && let Some(item) = items.next()
-            {
-                let (result, to_take) = bounded(1);
-                let _ = put.send((item?, result));
-                results.push_back(to_take);
-            }
-            if results.len() == AT_ONCE && threads == 1 {
-                // Where there is one processor, a second thread waits for the disk at the same time.
-                let most = std::thread::available_parallelism().map_or(2, usize::from).clamp(2, MOST_THREADS);
-                while threads < most {
-                    let (waiting, do_one) = (waiting.clone(), &do_one);
-                    let _ = Builder::new().spawn_scoped(scope, move || waiting.iter().for_each(do_one));
-                    threads += 1;
+        let mut go = || {
+            loop {
+                while results.len() < AT_ONCE
+                    && let Some(item) = items.next()
+                {
+                    let (result, to_take) = bounded(1);
+                    let _ = put.send((item?, result));
+                    results.push_back(to_take);
                 }
+                if results.len() == AT_ONCE && threads == 1 {
+                    // Where there is one processor, a second thread waits for the disk at the same time.
+                    let most = std::thread::available_parallelism().map_or(2, usize::from);
+                    while threads < most.clamp(2, MOST_THREADS) {
+                        let (waiting, do_one) = (waiting.clone(), &do_one);
+                        let _ = Builder::new().spawn_scoped(scope, move || waiting.iter().for_each(do_one));
+                        threads += 1;
+                    }
+                }
+                // None of a thread that panicked: so does the scope then.
+                let Some(next) = results.pop_front() else { return Ok(()) };
+                let Some(result) = result_of(&next, &waiting, do_one) else { return Ok(()) };
+                take(result)?;
             }
-            let Some(next) = results.pop_front() else { return Ok(()) };
-            // None of a thread that panicked: so does the scope then.
-            let Some(result) = result_of(&next, &waiting, do_one) else { return Ok(()) };
-            take(result)?;
-        }
+        };
+        let done = go();
+        // The threads end, before they have done what still waits.
+        ended.store(true, Ordering::Relaxed);
+        drop(put);
+        done
     })
 }
 
@@ -66,7 +75,7 @@ fn result_of<R, J>(next: &Receiver<R>, waiting: &Receiver<J>, do_one: impl Fn(J)
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
 
     use super::*;
 

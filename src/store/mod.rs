@@ -60,7 +60,6 @@ pub use tree_error::TreeError;
 use self::known::{KnownPaths, Stamp};
 use self::leases::Leases;
 use self::names::Names;
-use self::nar_copies::CopyAhead;
 use self::remembered_names::RememberedNames;
 use crate::metrics::StoreMetrics;
 use crate::nix::layout::NarLayout;
@@ -339,13 +338,20 @@ impl Store {
     }
 
     async fn lay_out(&self, known: &KnownPath, whole: bool) -> Result<Arc<NarLayout>, StoreError> {
-        let (layout, copy) = match tree::lay_out_file(&known.real) {
+        let (layout, head) = match tree::lay_out_file(&known.real) {
             Some(layout) => (layout, None),
             None => {
-                let mut copy = if whole { self.0.copies.ahead(known) } else { None };
+                let mut head = if whole { self.0.copies.head(known) } else { None };
                 let real = known.real.clone();
-                let lay_out = move || Ok((tree::lay_out(&real, copy.as_mut().map(CopyAhead::head))?, copy));
-                spawn_blocking(lay_out).await.map_err(|_| StoreError::Closed)?.map_err(StoreError::Tree)?
+                // Gone with who waits here.
+                let asked = Arc::new(());
+                let asked_by = Arc::downgrade(&asked);
+                let lay_out = move || {
+                    let layout = tree::lay_out(&real, head.as_mut(), || asked_by.strong_count() > 0)?;
+                    Ok((layout, head))
+                };
+                let laid = spawn_blocking(lay_out).await.map_err(|_| StoreError::Closed)?;
+                laid.map_err(StoreError::Tree)?
             }
         };
         if layout.len() != known.info.nar_size {
@@ -353,8 +359,8 @@ impl Store {
             return Err(StoreError::WrongSize { path: known.real.clone(), expected, found });
         }
         let layout = Arc::new(layout);
-        if let Some(copy) = copy {
-            self.0.copies.go_on(known, &layout, copy, &self.0.pool);
+        if let Some(head) = head {
+            self.0.copies.go_on(known, &layout, head, &self.0.pool);
         }
         Ok(layout)
     }

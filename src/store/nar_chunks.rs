@@ -210,7 +210,7 @@ mod tests {
         for file in 0..files {
             std::fs::write(folder.join(format!("f{file}")), vec![b'x'; size]).unwrap();
         }
-        let layout = Arc::new(lay_out(folder, None).unwrap());
+        let layout = Arc::new(lay_out(folder, None, || true).unwrap());
         let len = layout.len();
         (NarChunks::new(NarReader::new(folder.to_owned(), layout, 0..len), pool.clone()), len)
     }

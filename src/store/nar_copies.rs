@@ -1,8 +1,9 @@
 //! Copies of NARs of many small files, so that whoever asks next need not wait for thousands of files to be opened.
 //!
 //! Each lies in one file without a name in the state folder, and mostly in the kernel's page cache. It is made once, by a task of its
-//! own, at the pace of the disk, and all who ask meanwhile follow it: a slow client holds up nobody. What is in it was read while the path was leased, from
-//! files that were what they had been when they were laid out. No copy, or one that fails, is no harm: the tree is read then.
+//! own, at the pace of the disk, behind what was read of it while the tree was laid out, and all who ask meanwhile follow it: a slow client
+//! holds up nobody. What is in it was read while the path was leased, from files that were what they had been when they were laid out. No
+//! copy, or one that fails, is no harm: the tree is read then.
 //!
 //! The invariant: whatever happens, the files that are there are not longer than `limits.nar_copies` together. A copy holds
 //! its room until the last who reads it is through, and one that would need more is not made.
@@ -13,15 +14,15 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 
 use super::buffers::BufferPool;
-use super::copy_file::{CopyFile, Room};
+use super::copy_file::{CopyFile, Leave, Room};
 use super::known::{KnownPath, Stamp};
-use super::leases::Lease;
+use super::leases::LeaseMark;
 use super::nar_chunks::NarChunks;
-use super::nar_copy::{CopyReader, Made, NarCopy};
-use super::nar_head::{Head, NarHead, are_small};
+use super::nar_copy::{CopyReader, Made, NarCopy, Start};
+use super::nar_head::{NarHead, are_small};
 use super::nar_reader::NarReader;
 use crate::metrics::StoreMetrics;
 use crate::nix::StorePathHash;
@@ -67,27 +68,22 @@ struct Table {
 }
 
 impl Table {
+    /// The copy of what lies at the path now.
+    fn of(&mut self, known: &KnownPath) -> Option<&mut Entry> {
+        let entry = self.copies.get_mut(&known.info.hash())?;
+        (entry.stamp == known.stamp && !entry.copy.has_failed()).then_some(entry)
+    }
+
+    /// Forgets the copy that nobody reads and nobody has asked for the longest. `None`: all are being read.
+    fn let_oldest_go(&mut self) -> Option<()> {
+        let at_rest = self.copies.iter().filter(|(_, entry)| entry.copy.is_at_rest());
+        let oldest = *at_rest.min_by_key(|(_, entry)| entry.asked)?.0;
+        self.copies.remove(&oldest);
+        Some(())
+    }
+
     fn is_paused(&self, now: Instant) -> bool {
         self.failed.is_some_and(|at| now.saturating_duration_since(at) < PAUSE)
-    }
-}
-
-/// What it takes to make a copy: one of the makers' places, and the lease that keeps its path.
-struct Leave {
-    _place: OwnedSemaphorePermit,
-    _lease: Lease,
-}
-
-/// A copy that is begun while its path is laid out.
-pub(super) struct CopyAhead {
-    head: NarHead,
-    leave: Leave,
-}
-
-impl CopyAhead {
-    /// Where the NAR goes as far as it is read.
-    pub(super) fn head(&mut self) -> &mut NarHead {
-        &mut self.head
     }
 }
 
@@ -122,8 +118,7 @@ impl NarCopies {
         let inner = self.0.as_ref().filter(|inner| inner.is_worth_it(layout))?;
         let (hash, len, now) = (known.info.hash(), layout.len(), Instant::now());
         let mut table = inner.table();
-        let there = table.copies.get_mut(&hash);
-        if let Some(entry) = there.filter(|entry| entry.stamp == known.stamp && !entry.copy.has_failed()) {
+        if let Some(entry) = table.of(known) {
             if !entry.copy.reaches(range.start) {
                 return None;
             }
@@ -135,48 +130,43 @@ impl NarCopies {
         if *range != (0..len) || table.is_paused(now) {
             return None;
         }
-        let leave = inner.leave(known)?;
+        let leave = inner.leave(&known.lease)?;
         table.copies.remove(&hash);
-        let room = inner.room_for(len, &mut table)?;
-        let folder = inner.folder.clone();
-        let make_file = move || CopyFile::make(&folder, room);
-        let copy = inner.make(known, layout, pool, (leave, None), make_file, &mut table);
+        let (room, folder) = (inner.room_for(len, &mut table)?, inner.folder.clone());
+        let start = Start::Nothing(Box::new(move || CopyFile::make(&folder, room)), leave);
+        let copy = inner.make(known, layout, pool, start, &mut table);
         inner.metrics.nars_from_copies.inc();
         Some(CopyReader::new(&copy))
     }
 
-    /// A copy that is begun while the path is laid out. `None`: there is one, or there can't be.
-    pub(super) fn ahead(&self, known: &KnownPath) -> Option<CopyAhead> {
-        let (hash, len) = (known.info.hash(), known.info.nar_size);
+    /// The head of a copy, for who lays the path out. `None`: there is a copy, or there can't be one.
+    pub(super) fn head(&self, known: &KnownPath) -> Option<NarHead> {
+        let len = known.info.nar_size;
         let inner = self.0.as_ref().filter(|inner| inner.fits(len))?;
-        let table = inner.table();
-        let is_there = |entry: &Entry| entry.stamp == known.stamp && !entry.copy.has_failed();
-        if table.is_paused(Instant::now()) || table.copies.get(&hash).is_some_and(is_there) {
+        let mut table = inner.table();
+        if table.is_paused(Instant::now()) || table.of(known).is_some() {
             return None;
         }
-        let (leave, of_all) = (inner.leave(known)?, Arc::clone(inner));
-        let make_file = move || {
-            let room = of_all.room_for(len, &mut of_all.table())?;
+        let (of_all, lease) = (Arc::clone(inner), known.lease.clone());
+        let make = move || {
+            // No copy goes for it: nobody knows yet whether it will be one.
+            let (leave, room) = (of_all.leave(&lease)?, of_all.free_room(len)?);
             let file = CopyFile::make(&of_all.folder, room);
             if file.is_none() {
                 of_all.table().failed = Some(Instant::now());
             }
-            file
+            Some((file?, leave))
         };
-        Some(CopyAhead { head: NarHead::new(Box::new(make_file)), leave })
+        Some(NarHead::new(len, Box::new(make)))
     }
 
-    /// Makes the rest of a copy that was begun, now that its path is laid out.
-    pub(super) fn go_on(
-        &self,
-        known: &KnownPath,
-        layout: &Arc<NarLayout>,
-        CopyAhead { head, leave }: CopyAhead,
-        pool: &BufferPool,
-    ) {
+    /// Makes a copy of a head, now that the path is laid out, if it is worth it and nobody else has begun one.
+    pub(super) fn go_on(&self, known: &KnownPath, layout: &Arc<NarLayout>, head: NarHead, pool: &BufferPool) {
         let inner = self.0.as_ref().filter(|inner| inner.is_worth_it(layout));
-        if let (Some(inner), Some(head)) = (inner, head.end()) {
-            inner.make(known, layout, pool, (leave, Some(head)), || None, &mut inner.table());
+        let (Some(inner), Some(head)) = (inner, head.end()) else { return };
+        let mut table = inner.table();
+        if table.of(known).is_none() {
+            inner.make(known, layout, pool, Start::Head(head), &mut table);
         }
     }
 
@@ -212,9 +202,8 @@ impl Inner {
     }
 
     /// `None`: enough are being made, or the path is not leased.
-    fn leave(&self, known: &KnownPath) -> Option<Leave> {
-        let (place, lease) = (Arc::clone(&self.makers).try_acquire_owned().ok()?, known.lease()?);
-        Some(Leave { _place: place, _lease: lease })
+    fn leave(&self, lease: &LeaseMark) -> Option<Leave> {
+        Some(Leave::new(Arc::clone(&self.makers).try_acquire_owned().ok()?, lease.lease()?))
     }
 
     /// Puts a copy in the table, and makes what is not there of it.
@@ -223,19 +212,16 @@ impl Inner {
         known: &KnownPath,
         layout: &Arc<NarLayout>,
         pool: &BufferPool,
-        (leave, head): (Leave, Option<Head>),
-        make_file: impl FnOnce() -> Option<CopyFile> + Send + 'static,
+        start: Start,
         table: &mut Table,
     ) -> Arc<NarCopy> {
         let (hash, len) = (known.info.hash(), layout.len());
-        let from = head.as_ref().map_or(0, |(_, len)| *len);
-        let reader = NarReader::new(known.real.clone(), Arc::clone(layout), from..len);
-        let (copy, maker) = NarCopy::new(len, head);
-        let making = maker.run(NarChunks::new(reader, pool.clone()), make_file);
+        let reader = NarReader::new(known.real.clone(), Arc::clone(layout), start.len()..len);
+        let (copy, maker) = NarCopy::new(len, start);
+        let making = maker.run(NarChunks::new(reader, pool.clone()));
         let (of_all, made) = (Arc::clone(self), Arc::clone(&copy));
         tokio::spawn(async move {
             let end = making.await;
-            drop(leave);
             of_all.ended(&hash, &made, end);
         });
         let entry = Entry { stamp: known.stamp, copy: Arc::clone(&copy), asked: Instant::now() };
@@ -243,18 +229,31 @@ impl Inner {
         copy
     }
 
+    /// In what room is counted. A short copy takes its share of the number, too.
+    fn units(&self, len: u64) -> u32 {
+        u32::try_from(len.max(self.capacity / MOST).div_ceil(UNIT)).unwrap_or(u32::MAX)
+    }
+
+    /// Room for a copy. `None`: there is none free.
+    fn free_room(&self, len: u64) -> Option<Room> {
+        let permit = Arc::clone(&self.room).try_acquire_many_owned(self.units(len)).ok()?;
+        Some(Room::new(len, permit, self.metrics.nar_copies_bytes.clone()))
+    }
+
     /// Room for a copy, for which those go that nobody has asked for the longest. `None`: what is there is being read.
     fn room_for(&self, len: u64, table: &mut Table) -> Option<Room> {
-        // A short one takes its share of the number, too.
-        let units = u32::try_from(len.max(self.capacity / MOST).div_ceil(UNIT)).ok()?;
         loop {
-            if let Ok(permit) = Arc::clone(&self.room).try_acquire_many_owned(units) {
-                return Some(Room::new(len, permit, self.metrics.nar_copies_bytes.clone()));
+            if let Some(room) = self.free_room(len) {
+                return Some(room);
             }
-            let at_rest = table.copies.iter().filter(|(_, entry)| entry.copy.is_at_rest());
-            let oldest = *at_rest.min_by_key(|(_, entry)| entry.asked)?.0;
-            table.copies.remove(&oldest);
+            table.let_oldest_go()?;
         }
+    }
+
+    /// As much room is kept free as the largest copy takes: a head has to have it before it is known what it will come to.
+    fn keep_free(&self, table: &mut Table) {
+        let largest = self.units(self.capacity / LARGEST_SHARE) as usize;
+        while self.room.available_permits() < largest && table.let_oldest_go().is_some() {}
     }
 
     fn ended(&self, hash: &StorePathHash, copy: &Arc<NarCopy>, end: Made) {
@@ -267,10 +266,140 @@ impl Inner {
         if end != Made::Whole && is_it {
             table.copies.remove(hash);
         }
+        self.keep_free(&mut table);
     }
 
     fn let_go(&self, now: Instant) {
         let is_idle = |entry: &Entry| now.saturating_duration_since(entry.asked) > IDLE;
         self.table().copies.retain(|_, entry| !(entry.copy.is_at_rest() && is_idle(entry)));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::leases::Generation;
+    use super::super::tree::lay_out;
+    use super::*;
+    use crate::nix::narinfo::PathInfo;
+    use crate::nix::{NarHash, StoreDir};
+
+    /// A store of trees, the process that leases them, and the copies of their NARs.
+    struct Bench {
+        folder: tempfile::TempDir,
+        generation: Arc<Generation>,
+        copies: NarCopies,
+        metrics: StoreMetrics,
+        pool: BufferPool,
+    }
+
+    impl Bench {
+        fn new() -> Self {
+            let (folder, metrics) = (tempfile::tempdir().unwrap(), StoreMetrics::default());
+            let copies = NarCopies::new(Some(folder.path().to_owned()), 40 * 1024 * 1024, &metrics);
+            let generation = Arc::new(Generation { id: 1 });
+            Self { folder, generation, copies, metrics, pool: BufferPool::default() }
+        }
+
+        /// So many files of 8,000 bytes, and one of so many behind them.
+        fn path(&self, number: u32, files: usize, last: usize) -> KnownPath {
+            let real = self.folder.path().join(number.to_string());
+            std::fs::create_dir_all(&real).unwrap();
+            for file in 0..files {
+                std::fs::write(real.join(format!("f{file}")), vec![b'x'; 8000]).unwrap();
+            }
+            std::fs::write(real.join("last"), vec![b'x'; last]).unwrap();
+            let path = format!("/nix/store/{}-tree", number.to_string().repeat(32));
+            let info = PathInfo {
+                store_path: StoreDir::default().parse_path(path.as_bytes()).unwrap(),
+                nar_hash: NarHash::from_digest([0; 32]),
+                nar_size: lay_out(&real, None, || true).unwrap().len(),
+                references: Default::default(),
+                deriver: None,
+                signatures: Vec::new(),
+                ca: None,
+            };
+            let stamp = Stamp::of(&real).unwrap();
+            KnownPath::new(info, real, stamp, LeaseMark::of(&self.generation))
+        }
+
+        /// Lays the path out, with a head if it may have one; says whether it may.
+        fn laid_out(&self, known: &KnownPath) -> (Arc<NarLayout>, Option<NarHead>) {
+            let mut head = self.copies.head(known);
+            let layout = Arc::new(lay_out(&known.real, head.as_mut(), || true).unwrap());
+            (layout, head)
+        }
+
+        /// Where copies lie, by path: in how many there is something, and their bytes.
+        fn copied(&self) -> (usize, i64) {
+            let copies = &self.copies.0.as_ref().unwrap().table().copies;
+            (copies.len(), self.metrics.nar_copies_bytes.get())
+        }
+
+        async fn until_made(&self) {
+            let makers = &self.copies.0.as_ref().unwrap().makers;
+            drop(makers.acquire_many(MAKERS as u32).await.unwrap());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_copy_goes_on_behind_its_head_and_no_second_head_takes_its_place() {
+        let bench = Bench::new();
+        let known = bench.path(1, 900, 0);
+        let (layout, head) = bench.laid_out(&known);
+        let (_, other) = bench.laid_out(&known);
+        assert_eq!(bench.copied(), (0, 2 * layout.len() as i64));
+        bench.copies.go_on(&known, &layout, head.unwrap(), &bench.pool);
+        let copy = |table: &mut Table| Arc::clone(&table.of(&known).unwrap().copy);
+        let first = copy(&mut bench.copies.0.as_ref().unwrap().table());
+        assert!(first.reaches(1));
+        bench.copies.go_on(&known, &layout, other.unwrap(), &bench.pool);
+        assert!(Arc::ptr_eq(&first, &copy(&mut bench.copies.0.as_ref().unwrap().table())));
+        let reader = bench.copies.of(&known, &layout, &(0..layout.len()), &bench.pool);
+        assert!(reader.is_some() && bench.copies.head(&known).is_none());
+        bench.until_made().await;
+        assert!(first.reaches(layout.len()));
+        assert_eq!(bench.copied(), (1, layout.len() as i64));
+    }
+
+    #[tokio::test]
+    async fn a_tree_that_turns_out_large_has_no_copy_and_nothing_goes_for_it() {
+        let bench = Bench::new();
+        for number in 1..=5 {
+            let known = bench.path(number, 900, 0);
+            let layout = bench.laid_out(&known).0;
+            assert!(bench.copies.of(&known, &layout, &(0..layout.len()), &bench.pool).is_some());
+            bench.until_made().await;
+        }
+        // So much is kept free that a head always has room.
+        let (there, bytes) = bench.copied();
+        assert_eq!(there, 4);
+        let large = bench.path(6, 100, 9_000_000);
+        let (layout, head) = bench.laid_out(&large);
+        let head = head.unwrap();
+        assert_eq!(bench.metrics.nar_copies_bytes.get(), bytes + large.info.nar_size as i64);
+        bench.copies.go_on(&large, &layout, head, &bench.pool);
+        assert_eq!(bench.copied(), (there, bytes));
+        // It held a place only as long as it had begun to be written.
+        assert_eq!(bench.copies.0.as_ref().unwrap().makers.available_permits(), MAKERS);
+    }
+
+    #[tokio::test]
+    async fn a_head_without_leave_or_room_is_none() {
+        let bench = Bench::new();
+        let known = bench.path(1, 900, 0);
+        let inner = bench.copies.0.as_ref().unwrap();
+        let begins = || bench.laid_out(&known).1.is_some_and(|head| head.end().is_some());
+        let places = inner.makers.try_acquire_many(MAKERS as u32).unwrap();
+        assert!(!begins());
+        drop(places);
+        let room =
+            Arc::clone(&inner.room).try_acquire_many_owned(inner.units(inner.capacity * 7 / 8)).unwrap();
+        assert!(!begins());
+        drop(room);
+        assert!(begins());
+        // The process that leased the path died.
+        let mut bench = bench;
+        bench.generation = Arc::new(Generation { id: 2 });
+        assert!(bench.laid_out(&known).1.is_some_and(|head| head.end().is_none()));
     }
 }

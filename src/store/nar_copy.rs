@@ -17,7 +17,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::Instant;
 
 use super::buffers::{BufferPool, CHUNK};
-use super::copy_file::CopyFile;
+use super::copy_file::{CopyFile, Leave};
 use super::file_span::FileSpan;
 use super::nar_chunks::NarChunks;
 use super::nar_head::Head;
@@ -42,17 +42,41 @@ struct Progress {
     ready: u64,
 }
 
+/// Makes the file of a copy, or says why there is none. May block.
+pub(super) type MakeFile = Box<dyn FnOnce() -> Option<CopyFile> + Send>;
+
+/// With what the making of a copy begins.
+pub(super) enum Start {
+    Head(Head),
+    Nothing(MakeFile, Leave),
+}
+
+impl Start {
+    /// So many bytes are there.
+    pub(super) fn len(&self) -> u64 {
+        match self {
+            Self::Head(head) => head.len,
+            Self::Nothing(..) => 0,
+        }
+    }
+}
+
 /// The copy has no more than was given out: its maker failed, or it can't be read.
 #[derive(Debug)]
 pub(super) struct Gone;
 
 impl NarCopy {
-    /// A copy that is to be made, of `len` bytes, and who makes it. `head` is its file, if there is one, and what that has.
-    pub(super) fn new(len: u64, head: Option<Head>) -> (Arc<Self>, Maker) {
-        let begun = head.map(|(file, ready)| Progress { file: Some(file), ready });
-        let (sender, progress) = watch::channel(begun.unwrap_or_default());
+    /// A copy of `len` bytes that is to be made, and who makes it.
+    pub(super) fn new(len: u64, start: Start) -> (Arc<Self>, Maker) {
+        let (begun, make, leave) = match start {
+            Start::Head(Head { file, len, leave }) => {
+                (Progress { file: Some(file), ready: len }, None, leave)
+            }
+            Start::Nothing(make, leave) => (Progress::default(), Some(make), leave),
+        };
+        let (sender, progress) = watch::channel(begun);
         let copy = Arc::new(Self { len, progress, readers: AtomicUsize::new(0) });
-        (Arc::clone(&copy), Maker { copy, progress: sender, patience: LEFT_ALONE })
+        (Arc::clone(&copy), Maker { copy, progress: sender, make, _leave: leave, patience: LEFT_ALONE })
     }
 
     /// Whether it can be read from there on now.
@@ -85,29 +109,24 @@ pub(super) enum Made {
 }
 
 /// Makes one copy. When it is dropped before the end, whatever is there goes, and those who follow read on from the tree.
-#[derive(Debug)]
 pub(super) struct Maker {
     copy: Arc<NarCopy>,
     progress: watch::Sender<Progress>,
+    /// As long as there is no file.
+    make: Option<MakeFile>,
+    _leave: Leave,
     /// How long it goes on for nobody.
     patience: Duration,
 }
 
 impl Maker {
-    /// Writes the chunks behind what is there, at the pace of the disk. The file is made in that folder, if there is none.
-    pub(super) async fn run(
-        self,
-        chunks: NarChunks,
-        make: impl FnOnce() -> Option<CopyFile> + Send + 'static,
-    ) -> Made {
-        let Progress { file, mut ready } = self.progress.borrow().clone();
-        let file = match file {
-            Some(file) => file,
-            None => match spawn_blocking(make).await {
-                Ok(Some(file)) => Arc::new(file),
-                _ => return Made::Failed,
-            },
-        };
+    /// Writes the chunks behind what is there, at the pace of the disk.
+    pub(super) async fn run(mut self, chunks: NarChunks) -> Made {
+        let Progress { mut file, mut ready } = self.progress.borrow().clone();
+        if let Some(make) = self.make.take() {
+            file = spawn_blocking(make).await.ok().flatten().map(Arc::new);
+        }
+        let Some(file) = file else { return Made::Failed };
         let mut chunks = chunks.copied_to(Arc::clone(&file), ready);
         let mut last_read = Instant::now();
         while let Some(chunk) = poll_fn(|context| chunks.poll_next(context)).await {
@@ -203,7 +222,6 @@ async fn read(file: &Arc<CopyFile>, range: Range<u64>, pool: &BufferPool) -> Res
 #[cfg(test)]
 mod tests {
     use prometheus_client::metrics::gauge::Gauge;
-    use tokio::sync::Semaphore;
 
     use super::super::copy_file::Room;
     use super::super::nar_reader::NarReader;
@@ -216,16 +234,14 @@ mod tests {
         for file in 0..400 {
             std::fs::write(tree.join(format!("f{file}")), vec![b'x'; 5000]).unwrap();
         }
-        let layout = Arc::new(lay_out(tree, None).unwrap());
+        let layout = Arc::new(lay_out(tree, None, || true).unwrap());
         let (len, taken) = (layout.len(), Gauge::default());
         let reader = NarReader::new(tree.to_owned(), layout, 0..len);
-        let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        let room = Room::new(len, permit, taken.clone());
-        let (copy, mut maker) = NarCopy::new(len, None);
+        let (room, folder) = (Room::of_a_test(len, &taken), tree.parent().unwrap().to_owned());
+        let start = Start::Nothing(Box::new(move || CopyFile::make(&folder, room)), Leave::of_a_test());
+        let (copy, mut maker) = NarCopy::new(len, start);
         maker.patience = Duration::ZERO;
-        let folder = tree.parent().unwrap().to_owned();
-        let chunks = NarChunks::new(reader, BufferPool::default());
-        (copy, taken, maker.run(chunks, move || CopyFile::make(&folder, room)))
+        (copy, taken, maker.run(NarChunks::new(reader, BufferPool::default())))
     }
 
     async fn until_free(taken: &Gauge) {

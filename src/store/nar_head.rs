@@ -1,17 +1,17 @@
 //! The head of a NAR of many small files, written into the file of its copy while the tree is laid out.
 //!
 //! It may end anywhere: where a long file comes, where the disk is slow, or where the files turn out not to be small. Whoever
-//! makes the copy goes on behind it.
+//! makes the copy goes on behind it. Nobody sees it before the length of the whole NAR has proven right.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::copy_file::CopyFile;
+use super::copy_file::{CopyFile, Leave};
 
 /// Files are small where an entry has fewer bytes of the NAR than this on average; larger ones are read as fast from where they are.
 const SMALL: u64 = 16 * 1024;
 /// Nothing of a NAR is sent before it is laid out, so that may take no longer because the files are read.
-const LONGEST: Duration = Duration::from_millis(250);
+const PATIENCE: Duration = Duration::from_millis(250);
 
 /// Whether so many bytes of a NAR are those of small files.
 pub(super) fn are_small(bytes: u64, entries: u64) -> bool {
@@ -19,46 +19,60 @@ pub(super) fn are_small(bytes: u64, entries: u64) -> bool {
 }
 
 /// What makes the file, once it is known that the first files are small.
-type MakeFile = Box<dyn FnOnce() -> Option<CopyFile> + Send>;
+type MakeFile = Box<dyn FnOnce() -> Option<(CopyFile, Leave)> + Send>;
 
-/// A file, and how many bytes of a NAR it has from its beginning on.
-pub(super) type Head = (Arc<CopyFile>, u64);
+/// The bytes of a NAR from its beginning on, and leave to write what follows.
+#[derive(Debug)]
+pub(super) struct Head {
+    pub(super) file: Arc<CopyFile>,
+    pub(super) len: u64,
+    pub(super) leave: Leave,
+}
 
 /// A head that is being written.
 pub(super) struct NarHead {
+    /// As long as there is no file.
     make: Option<MakeFile>,
-    file: Option<Arc<CopyFile>>,
-    len: u64,
+    written: Option<Head>,
     entries: u64,
+    /// NarSize: there is room for so many bytes.
+    most: u64,
     until: Instant,
 }
 
 impl NarHead {
-    /// A head that has nothing yet, and no file.
-    pub(super) fn new(make: MakeFile) -> Self {
-        Self { make: Some(make), file: None, len: 0, entries: 0, until: Instant::now() + LONGEST }
+    /// A head of a NAR of `nar_size` bytes that has nothing yet, and no file.
+    pub(super) fn new(nar_size: u64, make: MakeFile) -> Self {
+        let until = Instant::now() + PATIENCE;
+        Self { make: Some(make), written: None, entries: 0, most: nar_size, until }
     }
 
-    /// Takes what comes next, so many entries of the NAR. False: it ended, and does not want what comes after. An end for want of time has these bytes.
+    /// When it ends, however far it is.
+    pub(super) fn until(&self) -> Instant {
+        self.until
+    }
+
+    /// Takes the bytes that come next, so many entries of the NAR, unless it ends before them. False: it wants no more.
     pub(super) fn put(&mut self, bytes: &[u8], entries: usize) -> bool {
         self.entries += entries as u64;
-        if !are_small(self.len + bytes.len() as u64, self.entries) {
+        let len = self.written.as_ref().map_or(0, |head| head.len) + bytes.len() as u64;
+        if len > self.most || !are_small(len, self.entries) {
             return false;
         }
-        if let Some(make) = self.make.take() {
-            self.file = make().map(Arc::new);
+        if let Some((file, leave)) = self.make.take().and_then(|make| make()) {
+            self.written = Some(Head { file: Arc::new(file), len: 0, leave });
         }
-        let Some(file) = &self.file else { return false };
-        if file.write_all_at(bytes, self.len).is_err() {
+        let Some(head) = &mut self.written else { return false };
+        if head.file.write_all_at(bytes, head.len).is_err() {
             // Whoever goes on says so, if it fails there as well.
             return false;
         }
-        self.len += bytes.len() as u64;
+        head.len = len;
         Instant::now() < self.until
     }
 
     /// What there is of it. `None`: nothing.
     pub(super) fn end(self) -> Option<Head> {
-        Some((self.file?, self.len))
+        self.written
     }
 }

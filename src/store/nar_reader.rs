@@ -435,7 +435,7 @@ mod tests {
             let mut expected = Vec::new();
             nix_nar::Encoder::new(&root).unwrap().read_to_end(&mut expected).unwrap();
 
-            let layout = Arc::new(tree::lay_out(&root, None).unwrap());
+            let layout = Arc::new(tree::lay_out(&root, None, || true).unwrap());
             prop_assert_eq!(layout.len(), expected.len() as u64);
             prop_assert!(read(&root, &layout, 0..layout.len(), chunk) == expected);
             prop_assert!(read_in_parts(&root, &layout, 0..layout.len(), chunk) == expected);
@@ -450,8 +450,11 @@ mod tests {
     fn what_no_nar_can_hold_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let _socket = std::os::unix::net::UnixListener::bind(folder.path().join("socket")).unwrap();
-        assert!(matches!(tree::lay_out(folder.path(), None), Err(TreeError::Kind(_))));
-        assert!(matches!(tree::lay_out(&folder.path().join("nothing"), None), Err(TreeError::Io { .. })));
+        assert!(matches!(tree::lay_out(folder.path(), None, || true), Err(TreeError::Kind(_))));
+        assert!(matches!(
+            tree::lay_out(&folder.path().join("nothing"), None, || true),
+            Err(TreeError::Io { .. })
+        ));
     }
 
     #[test]
@@ -461,7 +464,7 @@ mod tests {
         std::fs::create_dir(&root).unwrap();
         symlink("target", root.join("a")).unwrap();
         std::fs::write(root.join("b"), vec![7; 5000]).unwrap();
-        let layout = Arc::new(tree::lay_out(&root, None).unwrap());
+        let layout = Arc::new(tree::lay_out(&root, None, || true).unwrap());
         let expected = read(&root, &layout, 0..layout.len(), 1000);
         std::fs::rename(root.join("b"), folder.path().join("away")).unwrap();
         let mut reader = NarReader::new(root.clone(), Arc::clone(&layout), 0..layout.len());
@@ -484,7 +487,7 @@ mod tests {
             std::fs::write(root.join(format!("a{number}")), vec![7; 1000]).unwrap();
         }
         std::fs::write(root.join("b"), vec![8; 100_000]).unwrap();
-        let layout = Arc::new(tree::lay_out(&root, None).unwrap());
+        let layout = Arc::new(tree::lay_out(&root, None, || true).unwrap());
         let mut reader = NarReader::new(root.clone(), Arc::clone(&layout), 0..layout.len());
         let small = MOST_FILES as u64 * 1000;
         assert!(reader.is_quick(small) && !reader.is_quick(small + 1));

@@ -31,9 +31,13 @@ pub(super) fn lay_out_file(root: &Path) -> Option<NarLayout> {
     builder.finish().ok()
 }
 
-/// Lays out the tree at `root`, which may be a directory, a file or a symbolic link. Writes the head of its NAR meanwhile, as
-/// far as the head takes it.
-pub(super) fn lay_out(root: &Path, mut head: Option<&mut NarHead>) -> Result<NarLayout, TreeError> {
+/// Lays out the tree at `root`, which may be a directory, a file or a symbolic link, unless that is not wanted any more. Writes the
+/// head of its NAR meanwhile, as far as the head takes it.
+pub(super) fn lay_out(
+    root: &Path,
+    mut head: Option<&mut NarHead>,
+    is_wanted: impl Fn() -> bool,
+) -> Result<NarLayout, TreeError> {
     let stat = rustix::fs::lstat(root).map_err(TreeError::io(root))?;
     let layout = |source| TreeError::Layout { path: root.to_owned(), source };
     let mut builder = LayoutBuilder::default();
@@ -51,12 +55,12 @@ pub(super) fn lay_out(root: &Path, mut head: Option<&mut NarHead>) -> Result<Nar
         }
         _ => return Err(TreeError::Kind(root.to_owned())),
     }
-    let is_read = AtomicBool::new(head.is_some());
+    let (until, is_read) = (head.as_ref().map(|head| head.until()), AtomicBool::new(head.is_some()));
     // Buffers that come back.
     let (give_back, buffers) = unbounded();
     let read = |part: TreePart| {
-        let buffer = is_read.load(Ordering::Relaxed).then(|| buffers.try_recv().unwrap_or_default());
-        part.read(root, buffer)
+        let until = until.filter(|_| is_read.load(Ordering::Relaxed));
+        part.read(root, until.map(|until| (buffers.try_recv().unwrap_or_default(), until)))
     };
     let take = |part: Result<ReadPart, TreeError>| {
         let part = part?;
@@ -75,7 +79,9 @@ pub(super) fn lay_out(root: &Path, mut head: Option<&mut NarHead>) -> Result<Nar
         }
         Ok(())
     };
-    in_order(Parts::new(root), read, take)?;
+    let unwanted = || Some(Err(TreeError::Unwanted(root.to_owned())));
+    let mut parts = Parts::new(root);
+    in_order(std::iter::from_fn(|| if is_wanted() { parts.next() } else { unwanted() }), read, take)?;
     builder.finish().map_err(layout)
 }
 
@@ -178,9 +184,8 @@ mod tests {
     use std::sync::Arc;
 
     use prometheus_client::metrics::gauge::Gauge;
-    use tokio::sync::Semaphore;
 
-    use super::super::copy_file::{CopyFile, Room};
+    use super::super::copy_file::{CopyFile, Leave, Room};
     use super::super::nar_head::Head;
     use super::super::nar_reader::NarReader;
     use super::*;
@@ -212,19 +217,18 @@ mod tests {
         nar
     }
 
-    /// The tree laid out with a head, and what the head has.
-    fn with_head(root: &Path) -> (Arc<NarLayout>, Option<Head>) {
-        let folder = root.parent().unwrap().to_owned();
-        let permit = Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap();
-        let room = Room::new(0, permit, Gauge::default());
-        let mut head = NarHead::new(Box::new(move || CopyFile::make(&folder, room)));
-        (Arc::new(lay_out(root, Some(&mut head)).unwrap()), head.end())
+    /// The tree laid out with a head that has room for so many bytes, and what the head has.
+    fn with_head(root: &Path, room_bytes: u64) -> (Arc<NarLayout>, Option<Head>) {
+        let (folder, room) = (root.parent().unwrap().to_owned(), Room::of_a_test(0, &Gauge::default()));
+        let make = Box::new(move || Some((CopyFile::make(&folder, room)?, Leave::of_a_test())));
+        let mut head = NarHead::new(room_bytes, make);
+        (Arc::new(lay_out(root, Some(&mut head), || true).unwrap()), head.end())
     }
 
     /// What the head has, and what it has not as it is read by the layout.
-    fn head_and_rest(root: &Path) -> (usize, Vec<u8>) {
-        let (layout, head) = with_head(root);
-        let (file, len) = head.unwrap();
+    fn head_and_rest(root: &Path, room_bytes: u64) -> (usize, Vec<u8>) {
+        let (layout, head) = with_head(root, room_bytes);
+        let Head { file, len, .. } = head.unwrap();
         let mut nar = vec![0; layout.len() as usize];
         let (head, rest) = nar.split_at_mut(len as usize);
         file.read_exact_at(head, 0).unwrap();
@@ -239,10 +243,16 @@ mod tests {
         let root = folder.path().join("root");
         grow(&root, 9000);
         let expected = nar(&root);
-        let (len, written) = head_and_rest(&root);
+        let (len, written) = head_and_rest(&root, expected.len() as u64);
         // A machine that is busy ends it early.
         assert!(len > 0 && written == expected);
-        assert_eq!(lay_out(&root, None).unwrap().len(), expected.len() as u64);
+        assert_eq!(lay_out(&root, None, || true).unwrap().len(), expected.len() as u64);
+        // It takes no more than it has room for, whatever the tree has come to.
+        for room in [expected.len() as u64 / 2, expected.len() as u64 - 1] {
+            let (len, written) = head_and_rest(&root, room);
+            assert!((1..=room).contains(&(len as u64)) && written == expected);
+        }
+        assert!(with_head(&root, 1000).1.is_none());
     }
 
     #[test]
@@ -252,19 +262,31 @@ mod tests {
         grow(&root, 9000);
         let long = root.join("d5/level-0/long");
         std::fs::write(&long, vec![b'y'; 3_000_000]).unwrap();
-        let (len, written) = head_and_rest(&root);
         let expected = nar(&root);
+        let (len, written) = head_and_rest(&root, expected.len() as u64);
         assert!(written == expected);
         let behind = expected.windows(8).position(|bytes| bytes == b"yyyyyyyy").unwrap();
         assert!((1..behind).contains(&len), "{len} of {behind}");
 
-        let large = folder.path().join("large");
-        std::fs::create_dir(&large).unwrap();
-        for number in 0..70 {
-            std::fs::write(large.join(format!("f{number}")), vec![b'x'; 20_000]).unwrap();
+        // As many as a part has bytes for.
+        for (size, has_head) in [(15_000, true), (17_000, false)] {
+            let same = folder.path().join(format!("of-{size}"));
+            std::fs::create_dir(&same).unwrap();
+            for number in 0..70 {
+                std::fs::write(same.join(format!("f{number}")), vec![b'x'; size]).unwrap();
+            }
+            let (layout, head) = with_head(&same, u64::MAX);
+            assert_eq!((layout.len(), head.is_some()), (nar(&same).len() as u64, has_head));
         }
-        let (layout, head) = with_head(&large);
-        assert!(head.is_none());
-        assert_eq!(layout.len(), nar(&large).len() as u64);
+    }
+
+    #[test]
+    fn a_tree_that_nobody_wants_any_more_is_not_read_to_its_end() {
+        let folder = tempfile::tempdir().unwrap();
+        grow(folder.path(), 10);
+        let asked = std::cell::Cell::new(0);
+        let is_wanted = || asked.replace(asked.get() + 1) < 3;
+        assert!(matches!(lay_out(folder.path(), None, is_wanted), Err(TreeError::Unwanted(_))));
+        assert_eq!(asked.get(), 4);
     }
 }

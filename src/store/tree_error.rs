@@ -24,6 +24,9 @@ pub enum TreeError {
     /// A directory where there was none a moment ago.
     #[error("{0}: it changed while the tree was read")]
     Changed(PathBuf),
+    /// Who asked is gone.
+    #[error("{0}: nobody waits for it any more")]
+    Unwanted(PathBuf),
     /// The layout refuses it.
     #[error("{path}: {source}")]
     Layout {

@@ -5,17 +5,19 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use rustix::buffer::spare_capacity;
 use rustix::fs::{FileType, ResolveFlags};
+use rustix::io::Errno;
 
 use super::open_directory::{OpenDirectory, file_meta};
 use super::tree_error::TreeError;
 use crate::nix::layout::{FileMeta, LayoutBuilder, LayoutError};
 use crate::nix::nar_text::NarText;
 
-/// The longest bytes of a part; one that would have more is only looked at.
-const LONGEST: usize = 1024 * 1024;
+/// A part that would have more bytes than this is only looked at. A dozen of them may wait for their turn in one tree.
+const MOST_BYTES: usize = 1024 * 1024;
 
 /// An entry whose name and kind its directory tells.
 #[derive(Debug)]
@@ -54,12 +56,14 @@ enum Known {
 }
 
 impl TreePart {
-    /// Looks at each entry. With a buffer, which has to be empty, each file is read as well, unless something is in the way of that.
-    pub(super) fn read(self, root: &Path, buffer: Option<Vec<u8>>) -> Result<ReadPart, TreeError> {
+    /// Looks at each entry. With a buffer, which has to be empty, each file is read as well, unless something is in the way of that, or
+    /// it takes until then.
+    pub(super) fn read(self, root: &Path, buffer: Option<(Vec<u8>, Instant)>) -> Result<ReadPart, TreeError> {
         let mut directory = OpenDirectory::new(self.place);
         let mut text = NarText::at_depth(self.depth);
         let mut entries = Vec::with_capacity(self.entries.len());
-        let mut nar = buffer;
+        let (mut nar, until) = buffer.unzip();
+        let is_late = || until.is_some_and(|until| Instant::now() > until);
         for entry in self.entries {
             entries.push(match entry {
                 Entry::Enter(name) => {
@@ -84,11 +88,12 @@ impl TreePart {
                     (name, Known::Symlink(target))
                 }
                 Entry::Leaf(name, _) => {
-                    let read = nar.as_mut().and_then(|nar| read_file(&mut directory, &name, text, nar));
+                    let buffer = nar.as_mut().filter(|_| !is_late());
+                    let read = buffer.and_then(|nar| read_file(&mut directory, &name, text, nar));
                     let meta = match read {
                         Some(meta) => meta,
                         None => {
-                            // Whatever it was: who may say so looks at it, or reads it later.
+                            // Whatever it was: a look says so, or who reads it later.
                             nar = None;
                             look_at(&mut directory, &name)?
                         }
@@ -119,8 +124,12 @@ impl ReadPart {
 }
 
 fn look_at(directory: &mut OpenDirectory, name: &[u8]) -> Result<FileMeta, TreeError> {
-    let stat = directory.look_at(name).map_err(TreeError::io(&directory.path_of(name)))?;
+    let stat = directory.look_at(name).map_err(|source| io(directory, name, source))?;
     file_meta(&stat).ok_or_else(|| TreeError::Changed(directory.path_of(name)))
+}
+
+fn io(directory: &OpenDirectory, name: &[u8], source: Errno) -> TreeError {
+    TreeError::Io { path: directory.path_of(name), source }
 }
 
 /// Appends a file to a NAR. `None`: it is too long for here, or can't be read; what was appended is of no use then.
@@ -132,7 +141,7 @@ fn read_file(
 ) -> Option<FileMeta> {
     let (fd, meta) = directory.open_file(name, ResolveFlags::empty()).ok()?;
     let meta = meta?;
-    let size = usize::try_from(meta.size).ok().filter(|size| nar.len() + size <= LONGEST)?;
+    let size = usize::try_from(meta.size).ok().filter(|size| nar.len() + size <= MOST_BYTES)?;
     text.file(name, meta.size, meta.executable, nar);
     if size > 0 {
         read_whole(&fd, size, nar)?;

@@ -144,6 +144,33 @@ fn a_nar_of_many_small_files_is_the_same_to_all_who_ask_with_and_without_a_copy(
         assert_eq!(daemon.metric("peernix_nars_from_copies_total"), served, "{room}");
         assert_eq!(daemon.metric("peernix_nar_copies_bytes"), bytes, "{room}");
     }
+    // Read while it is laid out, for six who ask at once and first of all.
+    let daemon = Daemon::serve(store.root(), "");
+    let url = nar_url(&daemon, &path);
+    std::thread::scope(|scope| {
+        for _ in 0..6 {
+            scope.spawn(|| assert!(get(&url).bytes() == expected));
+        }
+    });
+    assert_eq!(daemon.metric("peernix_nars_from_copies_total"), 6.0);
+    assert_eq!(daemon.metric("peernix_nar_copies_bytes"), expected.len() as f64);
+}
+
+#[test]
+fn a_tree_of_many_small_files_that_is_not_what_the_database_says_is_404_and_leaves_nothing() {
+    let store = Store::new();
+    for (number, files) in [(4, 3000), (5, 1)] {
+        let path = many_small_files(&store, number);
+        let daemon = Daemon::serve(store.root(), "[limits]\nnar_copies = \"40 MiB\"");
+        let url = nar_url(&daemon, &path);
+        // More than there is room for, and just another length.
+        for file in 0..files {
+            let extra = format!("d20/extra-{file}");
+            fs::write(store.real(&path).join(extra), vec![b'x'; 6000]).unwrap();
+        }
+        assert_eq!(get(&url).status, 404);
+        eventually("nothing is left", || (daemon.metric("peernix_nar_copies_bytes") == 0.0).then_some(()));
+    }
 }
 
 #[test]
