@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use moka::sync::Cache;
 use nix_narinfo::Compression;
 
-use super::lookup::{Found, Sought};
+use super::sought::{Found, Sought};
 use crate::cache::{Origin, Served};
 use crate::metrics::LookupMetrics;
 use crate::nix::cache_url::rebuilt_nar_path;

@@ -7,15 +7,15 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt as _;
-use thiserror::Error;
 use tokio::time::sleep;
 
+use super::download_error::DownloadError;
 use super::holders::{Holder, Holders};
 use super::pace::Pace;
 use super::relay::Relays;
 use super::several::{Ended, Others};
 use super::verified::Verified;
-use crate::cache::{Deserted, Memory, SpoolWriter, Spools};
+use crate::cache::{Memory, SpoolWriter, Spools};
 use crate::metrics::RelayMetrics;
 use crate::nix::NarHash;
 use crate::nix::cache_url::NarUrl;
@@ -32,40 +32,6 @@ const SPLIT_FROM: u64 = 32 * 1024 * 1024;
 /// Memory for what comes before its turn: with less it is not worth it, and more is of no use. In bytes.
 const LEAST_AHEAD: u64 = 2 * 1024 * 1024;
 const MOST_AHEAD: u64 = 16 * 1024 * 1024;
-
-/// Why a NAR did not come.
-#[derive(Debug, Error)]
-pub(super) enum DownloadError {
-    /// A peer could not be asked, or broke off.
-    #[error(transparent)]
-    Fetch(#[from] FetchError),
-    /// It had the narinfo, and not the NAR.
-    #[error("the peer has the narinfo and not the NAR")]
-    NotThere,
-    /// A content address proves no NarSize: who tells another one may well be right, and has nothing to do with this download.
-    #[error("the peer tells another NarSize")]
-    OtherSize,
-    /// More or fewer bytes than NarSize.
-    #[error("the peer sent {got} bytes of a NAR of {expected}")]
-    Length {
-        /// How many came.
-        got: u64,
-        /// NarSize.
-        expected: u64,
-    },
-    /// Other bytes than those that were signed.
-    #[error("the peer sent other bytes than those of NarHash")]
-    Hash,
-    /// Another peer sends other bytes than those that were given out already: too late to mend.
-    #[error("a peer sent other bytes than those of NarHash, and its first ones were given out")]
-    GivenOut,
-    /// Nobody listens any more.
-    #[error(transparent)]
-    Deserted(#[from] Deserted),
-    /// The daemon shuts down.
-    #[error("the daemon stops")]
-    Stopped,
-}
 
 /// A NAR on its way.
 pub(super) struct Download {

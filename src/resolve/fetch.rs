@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use super::download::DownloadError;
+use super::download_error::DownloadError;
 use super::pace::Pace;
 use crate::peer::{Arriving, FetchError, PeerClient};
 

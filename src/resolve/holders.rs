@@ -6,7 +6,8 @@ use futures_util::{Stream, StreamExt as _};
 use moka::sync::Cache;
 
 use super::choice::less_busy;
-use super::lookup::{Found, Lookup, Sought};
+use super::lookup::Lookup;
+use super::sought::{Found, Sought};
 use crate::cache::{Origin, PeerCache, Served};
 use crate::nix::cache_url::NarUrl;
 use crate::peer::{PeerId, Peers};

@@ -14,12 +14,12 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout, timeout_at};
 
 use super::beliefs::{Beliefs, served};
+use super::sought::{Found, Sought};
 use crate::cache::{HOLDERS, Misses, Origin, PeerCache, Question, Served};
 use crate::metrics::LookupMetrics;
+use crate::nix::StorePathHash;
 use crate::nix::narinfo::NarInfo;
-use crate::nix::{NarHash, StorePathHash};
 use crate::peer::{Blame, Peer, PeerId, Peers};
-use crate::trust::TrustedNarInfo;
 
 /// Whoever waits for somebody else's flight waits a little longer than that may take.
 const GRACE: Duration = Duration::from_millis(50);
@@ -33,36 +33,6 @@ const LAST_WORD: Duration = Duration::from_millis(10);
 const HEARD_OUT: Duration = Duration::from_millis(50);
 /// The first pause before a peer that can't be reached is tried again.
 const FIRST_RETRY: Duration = Duration::from_millis(20);
-
-/// A narinfo that was found, and the peer that had it.
-#[derive(Clone, Debug)]
-pub(super) struct Found {
-    pub(super) peer: PeerId,
-    pub(super) narinfo: Arc<TrustedNarInfo>,
-    pub(super) served: Served,
-}
-
-/// What is looked for. One flight for each.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Sought {
-    pub(super) hash: StorePathHash,
-    /// Only a path with this NAR will do.
-    pub(super) nar_hash: Option<NarHash>,
-    /// Peers that were tried already.
-    pub(super) without: Vec<PeerId>,
-}
-
-impl Sought {
-    /// The path, whatever its NAR, from whomever.
-    pub(super) fn path(hash: StorePathHash) -> Self {
-        Self { hash, nar_hash: None, without: Vec::new() }
-    }
-
-    /// Whether a miss is one for everybody who asks for the path.
-    fn is_general(&self) -> bool {
-        self.nar_hash.is_none() && self.without.is_empty()
-    }
-}
 
 /// Takes a flight off the list however it ends, so that the next one who asks begins anew.
 struct Landing {

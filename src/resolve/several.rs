@@ -11,7 +11,8 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::{BoxStream, FuturesUnordered, StreamExt as _};
 use tokio::time::sleep;
 
-use super::download::{Download, DownloadError};
+use super::download::Download;
+use super::download_error::DownloadError;
 use super::fetch::{Failed, Fetch};
 use super::holders::Holder;
 use super::pieces::{Ask, Pieces};

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use tokio::task::spawn_blocking;
 
-use super::download::DownloadError;
+use super::download_error::DownloadError;
 use crate::cache::{Deserted, SpoolWriter};
 use crate::nix::NarHash;
 use crate::store::{Buffer, BufferPool};
