@@ -28,6 +28,7 @@ pub(crate) fn of_process(process: &Path) -> BTreeMap<String, u64> {
 }
 
 /// The inode of each TCP socket in a table of the kernel, and between which ports it is; of those that belong to clients, only ours.
+/// Daemons have lower ports than those that the system gives out.
 fn connections(table: &Path) -> Vec<(String, String)> {
     let text = fs::read_to_string(table).unwrap_or_default();
     let rows = text.lines().skip(1).filter_map(|line| {

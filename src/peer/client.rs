@@ -36,7 +36,7 @@ const MAX_NARINFO: usize = 512 * 1024;
 const SHORT_HOLDINGS: u64 = 128 * 1024;
 /// Connections to a peer that are kept open for the next request.
 const IDLE_CONNECTIONS: usize = 8;
-/// For so long. Hundreds of peers would hold thousands of descriptors, and a new connection costs one round trip.
+/// For so long, or twice as long. Hundreds of peers would hold thousands of descriptors, and a new connection costs one round trip.
 const IDLE_TIME: Duration = Duration::from_secs(10);
 /// After how long a datagram is sent once more; the pause doubles.
 const FIRST_RESEND: Duration = Duration::from_millis(30);

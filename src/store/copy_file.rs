@@ -72,7 +72,7 @@ impl CopyFile {
         match tempfile::tempfile_in(folder) {
             Ok(file) => Some(Self { file, _room: room }),
             Err(error) => {
-                tracing::info!(directory = %folder.display(), %error, "no file for the copy of a NAR can be made; none is copied for a while");
+                tracing::warn!(directory = %folder.display(), %error, "no file for the copy of a NAR can be made, and none is copied for a minute: make the state folder writable, or set limits.nar_copies = \"0 B\"");
                 None
             }
         }

@@ -139,12 +139,16 @@ impl NarCopies {
         Some(CopyReader::new(&copy))
     }
 
-    /// The head of a copy, for who lays the path out. `None`: there is a copy, or there can't be one.
+    /// The head of a copy, for who lays the path out; it keeps a maker's place and its room from its first bytes until that is done.
+    /// `None`: there is a copy, or there can't be one.
     pub(super) fn head(&self, known: &KnownPath) -> Option<NarHead> {
         let len = known.info.nar_size;
         let inner = self.0.as_ref().filter(|inner| inner.fits(len))?;
         let mut table = inner.table();
-        if table.is_paused(Instant::now()) || table.of(known).is_some() {
+        let is_possible = inner.makers.available_permits() > 0
+            && inner.room.available_permits() >= inner.units(len) as usize
+            && !table.is_paused(Instant::now());
+        if !is_possible || table.of(known).is_some() {
             return None;
         }
         let (of_all, lease) = (Arc::clone(inner), known.lease.clone());
@@ -222,7 +226,7 @@ impl Inner {
         let (of_all, made) = (Arc::clone(self), Arc::clone(&copy));
         tokio::spawn(async move {
             let end = making.await;
-            of_all.ended(&hash, &made, end);
+            of_all.ended(&hash, made, end);
         });
         let entry = Entry { stamp: known.stamp, copy: Arc::clone(&copy), asked: Instant::now() };
         table.copies.insert(hash, entry);
@@ -256,22 +260,27 @@ impl Inner {
         while self.room.available_permits() < largest && table.let_oldest_go().is_some() {}
     }
 
-    fn ended(&self, hash: &StorePathHash, copy: &Arc<NarCopy>, end: Made) {
+    fn ended(&self, hash: &StorePathHash, copy: Arc<NarCopy>, end: Made) {
         let mut table = self.table();
         if end == Made::Failed {
             table.failed = Some(Instant::now());
         }
         // Another may be in its place by now.
-        let is_it = table.copies.get(hash).is_some_and(|entry| Arc::ptr_eq(&entry.copy, copy));
+        let is_it = table.copies.get(hash).is_some_and(|entry| Arc::ptr_eq(&entry.copy, &copy));
         if end != Made::Whole && is_it {
             table.copies.remove(hash);
         }
+        // It may be the oldest, and has to give its room back when it goes.
+        drop(copy);
         self.keep_free(&mut table);
     }
 
     fn let_go(&self, now: Instant) {
         let is_idle = |entry: &Entry| now.saturating_duration_since(entry.asked) > IDLE;
-        self.table().copies.retain(|_, entry| !(entry.copy.is_at_rest() && is_idle(entry)));
+        let mut table = self.table();
+        table.copies.retain(|_, entry| !(entry.copy.is_at_rest() && is_idle(entry)));
+        // Those that were being read may be at rest by now.
+        self.keep_free(&mut table);
     }
 }
 
@@ -324,7 +333,7 @@ mod tests {
 
         /// Lays the path out, with a head if it may have one; says whether it may.
         fn laid_out(&self, known: &KnownPath) -> (Arc<NarLayout>, Option<NarHead>) {
-            let mut head = self.copies.head(known);
+            let mut head = self.copies.head(known).map(NarHead::patient);
             let layout = Arc::new(lay_out(&known.real, head.as_mut(), || true).unwrap());
             (layout, head)
         }
@@ -379,8 +388,30 @@ mod tests {
         assert_eq!(bench.metrics.nar_copies_bytes.get(), bytes + large.info.nar_size as i64);
         bench.copies.go_on(&large, &layout, head, &bench.pool);
         assert_eq!(bench.copied(), (there, bytes));
-        // It held a place only as long as it had begun to be written.
+        // It gave its place back.
         assert_eq!(bench.copies.0.as_ref().unwrap().makers.available_permits(), MAKERS);
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_is_the_oldest_when_it_is_made_goes_alone() {
+        let bench = Bench::new();
+        let paths: Vec<KnownPath> = (1..=3).map(|number| bench.path(number, 900, 0)).collect();
+        let last = bench.path(5, 1150, 0);
+        let of = |known: &KnownPath| {
+            let layout = Arc::new(lay_out(&known.real, None, || true).unwrap());
+            assert!(bench.copies.of(known, &layout, &(0..layout.len()), &bench.pool).is_some());
+        };
+        for known in &paths {
+            of(known);
+            bench.until_made().await;
+        }
+        // Begun, left, and asked for before all others when it is whole.
+        of(&last);
+        paths.iter().for_each(of);
+        bench.until_made().await;
+        let mut table = bench.copies.0.as_ref().unwrap().table();
+        let there: Vec<bool> = paths.iter().chain([&last]).map(|known| table.of(known).is_some()).collect();
+        assert_eq!(there, [true, true, true, false]);
     }
 
     #[tokio::test]
@@ -388,7 +419,7 @@ mod tests {
         let bench = Bench::new();
         let known = bench.path(1, 900, 0);
         let inner = bench.copies.0.as_ref().unwrap();
-        let begins = || bench.laid_out(&known).1.is_some_and(|head| head.end().is_some());
+        let begins = || bench.laid_out(&known).1.and_then(NarHead::end).is_some();
         let places = inner.makers.try_acquire_many(MAKERS as u32).unwrap();
         assert!(!begins());
         drop(places);

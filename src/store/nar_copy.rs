@@ -133,7 +133,7 @@ impl Maker {
             match chunk {
                 Ok(chunk) => ready += chunk.len() as u64,
                 Err(error) => {
-                    tracing::info!(%error, "a NAR can't be copied; none is for a while");
+                    tracing::info!(%error, "a NAR can't be copied, and none is for a minute: is there room where state.directory lies?");
                     return Made::Failed;
                 }
             }

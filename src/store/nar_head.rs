@@ -47,6 +47,13 @@ impl NarHead {
         Self { make: Some(make), written: None, entries: 0, most: nar_size, until }
     }
 
+    /// On a machine that is busy, too.
+    #[cfg(test)]
+    pub(super) fn patient(mut self) -> Self {
+        self.until += Duration::from_secs(3600);
+        self
+    }
+
     /// When it ends, however far it is.
     pub(super) fn until(&self) -> Instant {
         self.until

@@ -196,7 +196,9 @@ fn nars_that_are_copied_to_a_disk_that_gets_full_are_the_same_and_the_space_come
         });
         eventually("the space is back", || (disk.free() == before).then_some(()));
         // The disk is as full for the next ones, which are not even begun.
-        let said = daemon.logged("a NAR can't be copied; none is for a while");
+        let said = daemon.logged(
+            "a NAR can't be copied, and none is for a minute: is there room where state.directory lies?",
+        );
         assert_eq!(said.len(), 1, "{number}");
         assert_eq!(daemon.metric("peernix_nar_copies_bytes"), 0.0);
     }
