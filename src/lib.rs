@@ -47,8 +47,8 @@
 //! ## The way of a NAR request
 //! The URL has the hash part and NarHash, which is enough days later too. `store::tree` lays the tree out from metadata
 //! ([`nix::layout`]), in parts on several threads (`store::tree_part`, `store::in_order`), so length and ranges are known before a byte is
-//! sent; `store::nar_reader` reads the files by that layout, `store::nar_chunks` where the next chunk is asked for if few files in memory make it, and several chunks at once where
-//! files are small, and `store::nar_stream` makes it a stream that holds the lease. A NAR of many small files is read once, into a
+//! sent; `store::nar_reader` reads the files by that layout, `store::nar_chunks` where the next chunk is asked for if few files in
+//! memory make it, and several chunks at once where files are small, and `store::nar_stream` makes it a stream that holds the lease. A NAR of many small files is read once, into a
 //! copy that all who ask follow (`store::nar_copies`, `store::nar_copy`), and that begins while the tree is laid out: what opens each file
 //! anyway need not look at it first (`store::nar_head`).
 //! Contents that are in memory and long enough are not read at all: their file is opened where the next chunk is asked for, if the

@@ -21,13 +21,6 @@ impl Leave {
     pub(super) fn new(place: OwnedSemaphorePermit, lease: Lease) -> Self {
         Self { _place: place, _lease: lease }
     }
-
-    #[cfg(test)]
-    pub(super) fn of_a_test() -> Self {
-        use std::sync::Arc;
-        let place = Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().unwrap();
-        Self::new(place, Lease(Arc::new(super::leases::Generation { id: 1 })))
-    }
 }
 
 /// Room on the disk, taken until this is dropped.
@@ -44,12 +37,6 @@ impl Room {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         taken.inc_by(bytes);
         Self { bytes, taken, _permit: permit }
-    }
-
-    #[cfg(test)]
-    pub(super) fn of_a_test(bytes: u64, taken: &Gauge) -> Self {
-        let permit = std::sync::Arc::new(tokio::sync::Semaphore::new(1)).try_acquire_owned().unwrap();
-        Self::new(bytes, permit, taken.clone())
     }
 }
 
@@ -90,5 +77,32 @@ impl CopyFile {
 impl AsFd for CopyFile {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::sync::Semaphore;
+
+    use super::super::leases::Generation;
+    use super::*;
+
+    /// Of as many as there are of them.
+    fn permit() -> OwnedSemaphorePermit {
+        Arc::new(Semaphore::new(1)).try_acquire_owned().unwrap()
+    }
+
+    impl Leave {
+        pub(in super::super) fn of_a_test() -> Self {
+            Self::new(permit(), Lease(Arc::new(Generation { id: 1 })))
+        }
+    }
+
+    impl Room {
+        pub(in super::super) fn of_a_test(bytes: u64, taken: &Gauge) -> Self {
+            Self::new(bytes, permit(), taken.clone())
+        }
     }
 }

@@ -81,7 +81,7 @@ impl TreePart {
                     (Vec::new(), Known::End)
                 }
                 Entry::Leaf(name, FileType::Symlink) => {
-                    let target = directory.link(&name).map_err(TreeError::io(&directory.path_of(&name)))?;
+                    let target = directory.link(&name).map_err(|source| io(&directory, &name, source))?;
                     if let Some(nar) = &mut nar {
                         text.symlink(&name, &target, nar);
                     }
