@@ -68,6 +68,9 @@ fn main() -> ExitCode {
 
     let mut table = Table::default();
     let mut lan = Lan::start(&there, Playing::Telling);
+    let told = lan.metric("peernix_holdings_received_bytes_total") * 8.0;
+    let told = told / (PEERS * played::PATHS) as f64;
+    table.add("what peers tell of what they hold, bits a path", &[told], Wanted::Anything);
     lan.measure(&mut table, "", MISSES, Duration::ZERO);
     lan.measure(&mut table, ", 100 a second", MISSES / 10, PACE);
     lan.gain(&mut table);
@@ -150,15 +153,18 @@ impl Lan {
 
     /// Waits until a metric has come to the number of peers.
     fn until(&mut self, metric: &str) {
-        let (line, began) = (format!("{metric} {PEERS}"), Instant::now());
-        loop {
-            let answer = self.client.ask("/metrics").expect("the metrics");
-            if self.client.text(&answer).expect("the metrics").lines().any(|told| told == line) {
-                return;
-            }
-            assert!(began.elapsed() < Duration::from_secs(60), "{line} is never told");
+        let began = Instant::now();
+        while self.metric(metric) != PEERS as f64 {
+            assert!(began.elapsed() < Duration::from_secs(60), "{metric} never comes to {PEERS}");
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    fn metric(&mut self, name: &str) -> f64 {
+        let answer = self.client.ask("/metrics").expect("the metrics");
+        let text = self.client.text(&answer).expect("the metrics");
+        let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        value.expect("a metric of this name").parse().expect("a number")
     }
 
     fn ask(&mut self, hash: &StorePathHash) -> u16 {

@@ -17,7 +17,8 @@ use tokio::sync::watch;
 use crate::network::Network;
 use crate::{PEERS, random_hash};
 
-const PATHS: usize = 20_000;
+/// That each of them holds.
+pub(crate) const PATHS: usize = 20_000;
 /// What a peer that has a gained path needs at most before it tells.
 const NOTICED: Duration = Duration::from_millis(350);
 

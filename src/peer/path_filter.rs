@@ -2,21 +2,33 @@
 //!
 //! Pure. It says "maybe" or "no", and its "no" holds for every path that it was made from. What comes from the network is
 //! checked here once: no bytes can make a question fail.
+//!
+//! It is a binary fuse filter: the fingerprint of a path is the XOR of what lies at three places. The crate makes those of 8,
+//! 16 or 32 bits. Ours are the lower 10 of its 16, since an XOR holds for each bit alone: among 50 peers 8 bits let every fifth
+//! question about a path that nobody has through to one of them, and 16 are more to tell and to keep than that is worth. That the
+//! places are found here as the crate finds them is seen whenever a filter is made: it must know all its paths.
 
-use bytes::{Buf as _, Bytes};
-use xorf::{BinaryFuse8, BinaryFuse8Ref, DmaSerializable as _, Filter as _, FilterRef as _};
+use bytes::{Buf as _, BufMut as _, Bytes};
+use xorf::BinaryFuse16;
 
 use crate::nix::StorePathHash;
 
+/// Of a fingerprint, in bits: one "maybe" in 1,024 for paths that are not in the filter.
+const WIDTH: usize = 10;
 /// What is written before the fingerprints, in bytes.
-const DESCRIPTOR: usize = BinaryFuse8::DESCRIPTOR_LEN;
-/// Paths that a filter is made of, at most; so many take two megabytes.
+const HEAD: usize = 16;
+/// Paths that a filter is made of, at most; so many take three megabytes.
 const MAX_PATHS: usize = 2 * 1024 * 1024;
 
-/// A filter of paths: about 9.3 bits for each, and one "maybe" in 256 for paths that are not in it.
+/// A filter of paths: about 12 bits for each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PathFilter {
-    descriptor: [u8; DESCRIPTOR],
+    seed: u64,
+    /// The places of a segment: a power of two.
+    segment: u32,
+    /// Before how many places the first of the three lies: a multiple of `segment`.
+    begins: u32,
+    /// One behind the other without a gap, the lowest bits first.
     fingerprints: Bytes,
 }
 
@@ -31,10 +43,13 @@ impl PathFilter {
         if keys.len() > MAX_PATHS {
             return None;
         }
-        let made = BinaryFuse8::try_from(&keys).ok()?;
-        let mut descriptor = [0; DESCRIPTOR];
-        made.dma_copy_descriptor_to(&mut descriptor);
-        let filter = Self { descriptor, fingerprints: Bytes::from(Vec::from(made.fingerprints)) };
+        let BinaryFuse16 { descriptor, fingerprints } = BinaryFuse16::try_from(&keys).ok()?;
+        let filter = Self {
+            seed: descriptor.seed,
+            segment: descriptor.segment_length,
+            begins: descriptor.segment_count_length,
+            fingerprints: packed(&fingerprints),
+        };
         // A path that its own filter denies would never be found: better none at all.
         (filter.is_sound() && hashes.iter().all(|hash| filter.may_contain(hash))).then_some(filter)
     }
@@ -42,34 +57,59 @@ impl PathFilter {
     /// Whether the path may be one of them.
     #[must_use]
     pub fn may_contain(&self, hash: &StorePathHash) -> bool {
-        BinaryFuse8Ref::from_dma(&self.descriptor, &self.fingerprints).contains(&key(hash))
+        let mixed = mixed(key(hash).wrapping_add(self.seed));
+        let fingerprint = mixed ^ (mixed >> 32);
+        let found = self.places(mixed).into_iter().fold(0, |found, place| found ^ self.at(place));
+        (u64::from(found) ^ fingerprint).trailing_zeros() as usize >= WIDTH
     }
 
-    /// Reads one: its descriptor, and all that follows. `None`: it is none.
+    /// Where the fingerprint of a path lies: a place in each of three segments, one behind the other.
+    fn places(&self, mixed: u64) -> [u32; 3] {
+        let first = ((u128::from(mixed) * u128::from(self.begins)) >> 64) as u32;
+        let mask = self.segment - 1;
+        let second = (first + self.segment) ^ ((mixed >> 18) as u32 & mask);
+        let third = (first + 2 * self.segment) ^ (mixed as u32 & mask);
+        [first, second, third]
+    }
+
+    /// What lies at a place, and bits of its neighbour above it.
+    fn at(&self, place: u32) -> u16 {
+        let bit = place as usize * WIDTH;
+        let bytes = self.fingerprints.get(bit / 8..).and_then(|bytes| bytes.first_chunk());
+        bytes.map_or(0, |bytes| u16::from_le_bytes(*bytes) >> (bit % 8))
+    }
+
+    /// Reads one: its head, and all that follows. `None`: it is none.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
-        let (descriptor, fingerprints) = bytes.split_first_chunk()?;
-        // A copy: a part of the message would keep all of it.
-        let filter = Self { descriptor: *descriptor, fingerprints: Bytes::copy_from_slice(fingerprints) };
+        let mut rest = bytes;
+        let filter = Self {
+            seed: rest.try_get_u64_le().ok()?,
+            segment: rest.try_get_u32_le().ok()?,
+            begins: rest.try_get_u32_le().ok()?,
+            // A copy: a part of the message would keep all of it.
+            fingerprints: Bytes::copy_from_slice(rest),
+        };
         filter.is_sound().then_some(filter)
     }
 
-    /// Whether every place that the crate looks at for any path is there: it does not check that itself.
+    /// Whether every place where a path may be looked for is there, and nothing else.
     fn is_sound(&self) -> bool {
-        let mut rest = self.descriptor.get(8..).unwrap_or_default();
-        let Ok(segment) = rest.try_get_u32_le() else { return false };
-        let Ok(mask) = rest.try_get_u32_le() else { return false };
-        let Ok(begins) = rest.try_get_u32_le() else { return false };
         // Three segments one behind the other, the first of them beginning before `begins`.
-        segment.is_power_of_two()
-            && mask == segment - 1
-            && begins >= segment
-            && begins.is_multiple_of(segment)
-            && u64::from(begins) + 2 * u64::from(segment) == self.fingerprints.len() as u64
+        let places = u64::from(self.begins) + 2 * u64::from(self.segment);
+        self.segment.is_power_of_two()
+            && self.begins >= self.segment
+            && self.begins.is_multiple_of(self.segment)
+            && (places * WIDTH as u64).div_ceil(8) == self.fingerprints.len() as u64
     }
 
-    /// As it is written.
-    pub(super) fn descriptor(&self) -> &[u8] {
-        &self.descriptor
+    /// As it is written, before the fingerprints.
+    pub(super) fn head(&self) -> [u8; HEAD] {
+        let mut head = [0; HEAD];
+        let mut rest = &mut head[..];
+        rest.put_u64_le(self.seed);
+        rest.put_u32_le(self.segment);
+        rest.put_u32_le(self.begins);
+        head
     }
 
     /// As they are written.
@@ -79,7 +119,7 @@ impl PathFilter {
 
     /// Its length as it is written, in bytes.
     pub(super) fn weight(&self) -> usize {
-        DESCRIPTOR + self.fingerprints.len()
+        HEAD + self.fingerprints.len()
     }
 }
 
@@ -88,10 +128,31 @@ fn key(hash: &StorePathHash) -> u64 {
     hash.as_bytes().first_chunk().map_or(0, |bytes| u64::from_le_bytes(*bytes))
 }
 
+/// Every bit of a key in every bit: MurmurHash3's last step, which the crate mixes with.
+fn mixed(key: u64) -> u64 {
+    let key = (key ^ (key >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    let key = (key ^ (key >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    key ^ (key >> 33)
+}
+
+/// The lower bits of each, one behind the other.
+fn packed(fingerprints: &[u16]) -> Bytes {
+    let mut packed = vec![0; (fingerprints.len() * WIDTH).div_ceil(8)];
+    for (place, fingerprint) in fingerprints.iter().enumerate() {
+        let bit = place * WIDTH;
+        let bits = (fingerprint & ((1 << WIDTH) - 1)) << (bit % 8);
+        if let Some(bytes) = packed.get_mut(bit / 8..).and_then(|bytes| bytes.first_chunk_mut::<2>()) {
+            *bytes = (u16::from_le_bytes(*bytes) | bits).to_le_bytes();
+        }
+    }
+    packed.into()
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
+    use xorf::Filter as _;
 
     pub(in super::super) fn hashes(from: u32, to: u32) -> Vec<StorePathHash> {
         use sha2::{Digest as _, Sha256};
@@ -108,30 +169,47 @@ pub(super) mod tests {
         let filter = PathFilter::new(&here).unwrap();
         assert!(here.iter().all(|hash| filter.may_contain(hash)));
         let wrong = elsewhere.iter().filter(|hash| filter.may_contain(hash)).count();
-        assert!(wrong < 500, "{wrong}");
+        assert!(wrong < 150, "{wrong}");
         let bits = filter.weight() as f64 * 8.0 / here.len() as f64;
-        assert!(bits < 10.0, "{bits}");
+        assert!(bits < 12.0, "{bits}");
     }
 
     proptest! {
         #[test]
         fn a_filter_of_a_stranger_can_not_be_looked_up_beyond_its_end(
-            seed: u64, segment_bits in 0u32..12, mask in prop::option::of(any::<u32>()), begins in 0u32..20_000,
-            is_multiple: bool, len in prop::option::of(0usize..20_000),
+            seed: u64, segment in prop_oneof![(0u32..12).prop_map(|bits| 1 << bits), any::<u32>()],
+            begins in prop_oneof![0u32..20_000, any::<u32>()], is_multiple: bool,
+            len in prop::option::of(0usize..20_000),
         ) {
-            let segment = 1u32 << segment_bits;
-            let begins = if is_multiple { begins / segment * segment } else { begins };
-            let fitting = (begins + 2 * segment) as usize;
+            let begins = if is_multiple { begins / segment.max(1) * segment } else { begins };
+            let fitting = ((begins as usize + 2 * segment as usize) * WIDTH).div_ceil(8);
+            let len = len.unwrap_or(fitting).min(1 << 20);
             let mut bytes = seed.to_le_bytes().to_vec();
-            for part in [segment, mask.unwrap_or(segment - 1), begins] {
+            for part in [segment, begins] {
                 bytes.extend_from_slice(&part.to_le_bytes());
             }
-            bytes.resize(DESCRIPTOR + len.unwrap_or(fitting), 0x5a);
+            bytes.resize(HEAD + len, 0x5a);
             if let Some(filter) = PathFilter::parse(&bytes) {
+                prop_assert_eq!(len, fitting);
                 for hash in hashes(0, 200) {
+                    let mixed = mixed(key(&hash).wrapping_add(seed));
+                    for place in filter.places(mixed) {
+                        prop_assert!((place as usize + 1) * WIDTH <= filter.fingerprints.len() * 8);
+                    }
                     let _ = filter.may_contain(&hash);
                 }
             }
+        }
+
+        #[test]
+        fn nothing_is_denied_that_the_whole_fingerprints_know(count in 0u32..5000) {
+            let hashes = hashes(0, count + 1000);
+            let filter = PathFilter::new(&hashes[..count as usize]).unwrap();
+            let mut keys: Vec<u64> = hashes[..count as usize].iter().map(key).collect();
+            keys.sort_unstable();
+            let whole = BinaryFuse16::try_from(&keys).unwrap();
+            let denied = hashes.iter().find(|hash| whole.contains(&key(hash)) && !filter.may_contain(hash));
+            prop_assert!(denied.is_none(), "{denied:?}");
         }
     }
 }

@@ -3,9 +3,10 @@
 //! Pure. What comes from the network is checked here once: no bytes can make a lookup fail, and a host that tells of less
 //! than it has is only asked less.
 //!
-//! A message is `peernix-holdings-1\n`, the id of the run that tells it (8 bytes), the number of its last gain (8), how
-//! many gains follow (4; 4,096 at most), those (20 each), and then either nothing more, or a binary fuse filter: its descriptor (20) and
-//! its fingerprints, one byte each. Numbers are little-endian. With a filter it is the whole, without one a difference.
+//! A message is `peernix-holdings-2\n`, the id of the run that tells it (8 bytes), the number of its last gain (8), how
+//! many gains follow (4; 4,096 at most), those (20 each), and then either nothing more, or a binary fuse filter: its seed (8), the
+//! length of its segments (4), how far its first places reach (4), and its fingerprints of 10 bits without a gap. Numbers are
+//! little-endian. With a filter it is the whole, without one a difference.
 
 use std::collections::HashSet;
 
@@ -14,12 +15,12 @@ use bytes::{Buf as _, Bytes};
 use super::path_filter::PathFilter;
 use crate::nix::StorePathHash;
 
-/// The longest message that is read or told, in bytes. A filter takes half of it: two million paths.
+/// The longest message that is read or told, in bytes. A filter of two million paths takes three quarters of it.
 pub(super) const MAX_MESSAGE: usize = 4 * 1024 * 1024;
 /// The most gains beside a filter; with more it is time for another filter.
 pub const MAX_GAINS: usize = 4096;
 
-const MAGIC: &[u8] = b"peernix-holdings-1\n";
+const MAGIC: &[u8] = b"peernix-holdings-2\n";
 
 /// What one host tells another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,7 +51,7 @@ impl Told {
         bytes.extend_from_slice(&u32::try_from(self.gains.len()).ok()?.to_le_bytes());
         self.gains.iter().for_each(|hash| bytes.extend_from_slice(hash.as_bytes()));
         if let Some(filter) = &self.filter {
-            bytes.extend_from_slice(filter.descriptor());
+            bytes.extend_from_slice(&filter.head());
             bytes.extend_from_slice(filter.fingerprints());
         }
         Some(bytes.into())

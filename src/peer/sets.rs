@@ -166,11 +166,12 @@ mod tests {
             })
             .collect();
         let filter = PathFilter::new(&many);
+        let weight = filter.as_ref().unwrap().weight();
         let outcomes: Vec<bool> = (0..100)
             .map(|number| sets.take(&PeerId::instance(&number.to_string()), told(0, &[], filter.clone())))
             .collect();
         let kept = outcomes.iter().take_while(|taken| **taken).count();
-        assert!((50..64).contains(&kept), "{kept}");
+        assert_eq!(kept, MAX_BYTES / weight);
         assert!(outcomes[kept..].iter().all(|taken| !taken));
         assert!(!sets.denies(&PeerId::instance("99"), &hash(9)));
     }
