@@ -248,7 +248,9 @@ impl Round<'_> {
     }
 
     fn copy(&mut self, server: &Server) {
+        let before = server.cpu();
         let seconds = self.store.copy_from(server.address);
         self.table.add(server.kind, "nix copy of 300 paths, s", Wanted::AtMost(1.05), seconds);
+        self.table.add(server.kind, "the server's CPU for that, s", Wanted::Anything, server.cpu() - before);
     }
 }
