@@ -250,7 +250,9 @@ fn explain(message: &str, line: &str, key: Option<String>) -> String {
     let right = match &*message {
         text if text.contains("invalid socket address") && line.contains("listen") => LISTEN_FORM,
         text if text.contains("invalid socket address") => ADDRESS_FORM,
-        text if text.contains("invalid IP address") => "a network reads \"10.0.0.0/8\" or \"fd00::/8\"",
+        text if text.contains("invalid IP address") => {
+            "a network reads \"10.0.0.0/8\" or \"fd00::/8\", one host \"10.0.0.1/32\""
+        }
         text if text.contains("duration") || text.contains("time unit") => {
             "a duration reads \"30s\" or \"10min\""
         }
@@ -452,7 +454,7 @@ mod tests {
             ("\nhttp = []\n", "2: http: a list, expected a section: `[http]`"),
             (
                 "[http]\nallow = [\n \"10.0.0.1\", # a = b\n]\n",
-                "3: http.allow: invalid IP address syntax; a network reads \"10.0.0.0/8\" or \"fd00::/8\"",
+                "3: http.allow: invalid IP address syntax; a network reads \"10.0.0.0/8\" or \"fd00::/8\", one host \"10.0.0.1/32\"",
             ),
             ("[[peer]] # url = later\n", "1: missing field `url`"),
             ("[log]\nfilter = \"\"\"\n[x]\n\"\"\"\nformat = 5\n", "5: log.format: wanted string or table"),

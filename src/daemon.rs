@@ -87,6 +87,9 @@ impl Daemon {
             let file = file.display();
             tracing::warn!(%file, "every user of this machine may read this secret key: chmod 600 it");
         }
+        if let Some(why) = config.http.shuts_out_own_nix() {
+            tracing::warn!("{why}");
+        }
         let listeners = Listeners::bind(&config.http.listen).await?;
         let addresses = listeners.addresses();
         let metrics = Metrics::new();

@@ -113,8 +113,14 @@ impl Signer {
             let path = state.join(OWN_KEY);
             if !path.exists() {
                 let key = generate(None)?;
-                tracing::info!(key = key.name(), file = %path.display(), "made a key to sign with");
-                write_new(&path, &key)?;
+                match write_new(&path, &key) {
+                    Ok(()) => {
+                        tracing::info!(key = key.name(), file = %path.display(), "made a key to sign with")
+                    }
+                    // Another daemon on this folder came first: both have that key.
+                    Err(SigningError::Write { source, .. }) if source.kind() == ErrorKind::AlreadyExists => {}
+                    Err(error) => return Err(error),
+                }
             }
             return Ok(Self { keys: vec![read(&path)?] });
         }

@@ -58,9 +58,9 @@ enum Command {
     Try,
     /// Show who is there: asks the running daemon
     Peers {
-        /// Where the daemon listens
-        #[arg(long, default_value = "http://127.0.0.1:9999")]
-        url: String,
+        /// Where the daemon listens [default: where http.listen says, on loopback]
+        #[arg(long)]
+        url: Option<String>,
     },
     /// Check the configuration and the keys that it names
     CheckConfig,
@@ -145,7 +145,12 @@ fn dispatch(cli: Cli) -> anyhow::Result<()> {
             serve::serve(config)
         }
         Command::Try => try_out::try_out(),
-        Command::Peers { url } => peers::peers(&url),
+        Command::Peers { url: Some(url) } => peers::peers(&url),
+        Command::Peers { url: None } => {
+            let own = config(&cli.common)?.0.http.loopback();
+            let own = own.context("http.listen has no address on loopback: name the daemon with --url")?;
+            peers::peers(&format!("http://{own}"))
+        }
         Command::CheckConfig => check_config(&cli.common),
         Command::Key(KeyCommand::Generate { name, to }) => generate_key(&name, to),
         Command::Completions { shell } => {
@@ -206,6 +211,7 @@ fn check_config(common: &Common) -> anyhow::Result<()> {
     if let Err(error) = config.store.find_nix_store() {
         warnings.push(format!("{error}; {NOTHING_SERVED}"));
     }
+    warnings.extend(config.http.shuts_out_own_nix());
     for file in config.signing.open_to_all() {
         warnings.push(format!("every user of this machine may read {}: chmod 600 it", file.display()));
     }

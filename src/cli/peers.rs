@@ -128,6 +128,11 @@ fn told(url: &str, error: &reqwest::Error) -> anyhow::Error {
     if error.is_builder() {
         return anyhow!("{url:?} is no URL: --url reads http://127.0.0.1:9999");
     }
+    if error.status() == Some(reqwest::StatusCode::FORBIDDEN) {
+        return anyhow!(
+            "the daemon at {url} does not answer this host: its http.allow does not have the address"
+        );
+    }
     if let Some(status) = error.status() {
         return anyhow!("what answers at {url} says {status}, as peernix would not: name another with --url");
     }

@@ -84,6 +84,33 @@ impl Options {
         }
         Ok(())
     }
+
+    /// Where this host's own Nix may ask. `None`: nowhere, since no address of `listen` is on loopback.
+    #[must_use]
+    pub fn loopback(&self) -> Option<SocketAddr> {
+        let on_loopback = |address: &SocketAddr| match address.ip() {
+            // All of IPv6 is all of IPv4 too.
+            ip if ip.is_unspecified() => Some(SocketAddr::from(([127, 0, 0, 1], address.port()))),
+            ip => ip.is_loopback().then_some(*address),
+        };
+        self.listen.iter().find_map(on_loopback)
+    }
+
+    /// Why this host's own Nix is not answered, as `key: why`. `None`: it is. A host may want that, so it is no error.
+    #[must_use]
+    pub fn shuts_out_own_nix(&self) -> Option<String> {
+        match self.loopback() {
+            None => Some(
+                "http.listen: has no address on loopback, so this host's own Nix can't ask: add 127.0.0.1:9999"
+                    .to_owned(),
+            ),
+            Some(address) if !self.allow.iter().any(|network| network.contains(&address.ip())) => {
+                let network = IpNet::from(address.ip());
+                Some(format!("http.allow: does not have {network}, so this host's own Nix gets 403: add it"))
+            }
+            Some(_) => None,
+        }
+    }
 }
 
 /// `[limits]`
@@ -166,5 +193,38 @@ impl Limits {
 
     pub(super) fn rate(&self) -> Option<NonZeroU32> {
         NonZeroU32::new(self.requests_per_second)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_shuts_out_the_own_nix_is_told() {
+        for (listen, allow, where_, told) in [
+            ("[::]:9999", "127.0.0.0/8", Some("127.0.0.1:9999"), None),
+            ("0.0.0.0:1", "0.0.0.0/0", Some("127.0.0.1:1"), None),
+            ("[::1]:2", "::1/128", Some("[::1]:2"), None),
+            (
+                "127.0.0.2:3",
+                "10.0.0.0/8",
+                Some("127.0.0.2:3"),
+                Some("http.allow: does not have 127.0.0.2/32"),
+            ),
+            ("[::]:9999", "::1/128", Some("127.0.0.1:9999"), Some("http.allow: does not have 127.0.0.1/32")),
+            ("10.0.0.1:4", "127.0.0.0/8", None, Some("http.listen: has no address on loopback")),
+        ] {
+            let options = Options {
+                listen: vec!["10.0.0.9:9".parse().unwrap(), listen.parse().unwrap()],
+                allow: vec![allow.parse().unwrap()],
+                ..Options::default()
+            };
+            assert_eq!(options.loopback().map(|address| address.to_string()).as_deref(), where_);
+            let why = options.shuts_out_own_nix();
+            assert_eq!(why.is_some(), told.is_some(), "{listen}");
+            assert!(why.unwrap_or_default().starts_with(told.unwrap_or_default()), "{listen}");
+        }
+        assert_eq!(Options::default().shuts_out_own_nix(), None);
     }
 }

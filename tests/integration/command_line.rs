@@ -238,6 +238,39 @@ fn peers_that_cannot_be_shown_are_told_in_one_line() {
 }
 
 #[test]
+fn the_peers_of_the_daemon_that_the_configuration_means_are_shown() {
+    let store = Store::new();
+    let daemon = Daemon::serve(store.root(), "[http]\nallow = [\"127.0.0.0/8\"]");
+    let root = daemon.url("").trim_end_matches('/').to_owned();
+    let address = root.trim_start_matches("http://");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("peernix.toml");
+    let peers = |listen: &str| {
+        std::fs::write(&file, format!("[http]\nlisten = [\"{listen}\"]")).unwrap();
+        run(Command::new(PROGRAM).args(["peers", "--config"]).arg(&file))
+    };
+    let shown = peers(address);
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("discovery.targets"), "{shown:?}");
+    let shown = peers("10.0.0.1:9999");
+    assert!(String::from_utf8_lossy(&shown.stderr).contains("no address on loopback"), "{shown:?}");
+}
+
+#[test]
+fn whoever_shuts_out_its_own_nix_is_warned() {
+    let store = Store::new();
+    let daemon = Daemon::serve(store.root(), "[http]\nallow = [\"10.0.0.0/8\"]");
+    let root = daemon.url("").trim_end_matches('/').to_owned();
+    let output = run(Command::new(PROGRAM).args(["peers", "--url", &root]));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("does not answer this host: its http.allow"), "{said}");
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("peernix.toml");
+    std::fs::write(&file, "[http]\nallow = [\"10.0.0.0/8\"]").unwrap();
+    let said = text(Command::new(PROGRAM).args(["check-config", "--config"]).arg(&file));
+    assert!(said.contains("is good, but:\nwarning: http.allow: does not have 127.0.0.1/32"), "{said}");
+}
+
+#[test]
 fn a_store_that_is_not_there_is_no_good_health() {
     let folder = tempfile::tempdir().unwrap();
     let daemon = Daemon::serve(folder.path(), "");
