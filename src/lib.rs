@@ -100,7 +100,7 @@
 //! - What a host holds is not packed: the filter is made of hashes, which nothing packs, and a difference is a few of them. It is
 //!   not announced by a version either: a question that waits hears of every gain, however many datagrams are lost.
 //! - The filter has 10 bits a fingerprint, 12 a path, not the crate's 8 and 10: with these every fifth miss among 50 peers asks one of
-//!   them in vain, and among 200 nearly every one (`peer::path_filter`).
+//!   them in vain, and among 200 every second (`peer::path_filter`).
 //! - Files of spools have no names: a crash leaves none behind.
 //! - NARs are downloaded ahead of Nix, which asks for one after the other in an order that follows from their references
 //!   (`resolve::ahead`): while that is right, within half of `limits.relay_memory`.

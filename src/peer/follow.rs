@@ -115,7 +115,10 @@ async fn ask(peers: &Peers, id: &PeerId, known: Option<&str>) -> Option<bool> {
         HoldingsAnswer::Told(bytes) => bytes,
     };
     peers.metrics().holdings_bytes.inc_by(bytes.len() as u64);
-    let told = Told::parse(bytes)?;
+    let Some(told) = Told::parse(bytes) else {
+        tracing::debug!(peer.id = %id, "what a peer tells of what it holds is not understood: is it of another version?");
+        return None;
+    };
     let (is_whole, gains) = (told.filter.is_some(), told.gains.clone());
     let before = peers.sets().version(id);
     if !peers.sets().take(id, told) {

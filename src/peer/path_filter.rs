@@ -26,7 +26,7 @@ pub struct PathFilter {
     seed: u64,
     /// The places of a segment: a power of two.
     segment: u32,
-    /// Before how many places the first of the three lies: a multiple of `segment`.
+    /// The first of a path's three places lies below this: a multiple of `segment`.
     begins: u32,
     /// One behind the other without a gap, the lowest bits first.
     fingerprints: Bytes,
@@ -72,7 +72,7 @@ impl PathFilter {
         [first, second, third]
     }
 
-    /// What lies at a place, and bits of its neighbour above it.
+    /// What lies at a place, and bits of its neighbour above it. All places of a sound filter are there.
     fn at(&self, place: u32) -> u16 {
         let bit = place as usize * WIDTH;
         let bytes = self.fingerprints.get(bit / 8..).and_then(|bytes| bytes.first_chunk());
@@ -152,7 +152,6 @@ fn packed(fingerprints: &[u16]) -> Bytes {
 pub(super) mod tests {
     use super::*;
     use proptest::prelude::*;
-    use xorf::Filter as _;
 
     pub(in super::super) fn hashes(from: u32, to: u32) -> Vec<StorePathHash> {
         use sha2::{Digest as _, Sha256};
@@ -174,42 +173,60 @@ pub(super) mod tests {
         assert!(bits < 12.0, "{bits}");
     }
 
-    proptest! {
-        #[test]
-        fn a_filter_of_a_stranger_can_not_be_looked_up_beyond_its_end(
-            seed: u64, segment in prop_oneof![(0u32..12).prop_map(|bits| 1 << bits), any::<u32>()],
-            begins in prop_oneof![0u32..20_000, any::<u32>()], is_multiple: bool,
-            len in prop::option::of(0usize..20_000),
-        ) {
-            let begins = if is_multiple { begins / segment.max(1) * segment } else { begins };
-            let fitting = ((begins as usize + 2 * segment as usize) * WIDTH).div_ceil(8);
-            let len = len.unwrap_or(fitting).min(1 << 20);
-            let mut bytes = seed.to_le_bytes().to_vec();
-            for part in [segment, begins] {
-                bytes.extend_from_slice(&part.to_le_bytes());
+    #[test]
+    fn the_lower_bits_of_all_fingerprints_are_kept() {
+        for count in [0, 1, 2, 3, 100, 5000] {
+            let hashes = hashes(0, count);
+            let filter = PathFilter::new(&hashes).unwrap();
+            let mut keys: Vec<u64> = hashes.iter().map(key).collect();
+            keys.sort_unstable();
+            let whole = BinaryFuse16::try_from(&keys).unwrap();
+            for (place, fingerprint) in whole.fingerprints.iter().enumerate() {
+                let kept = filter.at(place as u32);
+                assert_eq!((kept ^ fingerprint) & ((1 << WIDTH) - 1), 0, "{place} of {count}");
             }
-            bytes.resize(HEAD + len, 0x5a);
-            if let Some(filter) = PathFilter::parse(&bytes) {
-                prop_assert_eq!(len, fitting);
-                for hash in hashes(0, 200) {
-                    let mixed = mixed(key(&hash).wrapping_add(seed));
-                    for place in filter.places(mixed) {
-                        prop_assert!((place as usize + 1) * WIDTH <= filter.fingerprints.len() * 8);
+        }
+    }
+
+    #[test]
+    fn a_filter_of_a_stranger_is_looked_up_within_its_bounds_or_not_at_all() {
+        for segment in [0, 1, 2, 3, 4, 12, 1 << 10, 1 << 14] {
+            // The last one is no multiple.
+            for begins in [0, segment, 2 * segment, 3 * segment, 7 * segment, 7 * segment + 1] {
+                let fitting = ((begins + 2 * segment) as usize * WIDTH).div_ceil(8);
+                for len in [fitting.saturating_sub(1), fitting, fitting + 1] {
+                    let mut bytes = 7u64.to_le_bytes().to_vec();
+                    bytes.extend_from_slice(&u32::to_le_bytes(segment));
+                    bytes.extend_from_slice(&u32::to_le_bytes(begins));
+                    bytes.resize(HEAD + len, 0x5a);
+                    let filter = PathFilter::parse(&bytes);
+                    let is_sound =
+                        segment.is_power_of_two() && begins > 0 && (begins % segment == 0) && len == fitting;
+                    assert_eq!(filter.is_some(), is_sound, "{segment}, {begins}, {len}");
+                    let Some(filter) = filter else { continue };
+                    for mixed in [0, 1, u64::MAX, mixed(1), mixed(2), mixed(3)] {
+                        let places = filter.places(mixed);
+                        assert!(places.into_iter().all(|place| place < begins + 2 * segment), "{places:?}");
                     }
-                    let _ = filter.may_contain(&hash);
+                    let _ = filter.at(begins + 2 * segment - 1);
                 }
             }
         }
+    }
 
+    proptest! {
         #[test]
-        fn nothing_is_denied_that_the_whole_fingerprints_know(count in 0u32..5000) {
-            let hashes = hashes(0, count + 1000);
-            let filter = PathFilter::new(&hashes[..count as usize]).unwrap();
-            let mut keys: Vec<u64> = hashes[..count as usize].iter().map(key).collect();
-            keys.sort_unstable();
-            let whole = BinaryFuse16::try_from(&keys).unwrap();
-            let denied = hashes.iter().find(|hash| whole.contains(&key(hash)) && !filter.may_contain(hash));
-            prop_assert!(denied.is_none(), "{denied:?}");
+        fn any_bytes_are_a_filter_or_none(bytes: Vec<u8>, segment: u32, begins: u32) {
+            let mut ours = 7u64.to_le_bytes().to_vec();
+            for part in [segment, begins] {
+                ours.extend_from_slice(&part.to_le_bytes());
+            }
+            ours.extend_from_slice(&bytes);
+            for bytes in [bytes, ours] {
+                if let Some(filter) = PathFilter::parse(&bytes) {
+                    let _ = filter.may_contain(&hashes(0, 1)[0]);
+                }
+            }
         }
     }
 }

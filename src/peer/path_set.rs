@@ -172,6 +172,24 @@ mod tests {
     }
 
     #[test]
+    fn a_message_is_read_and_written_as_other_hosts_do() {
+        let all = hashes(0, 5);
+        let filter = PathFilter::new(&all[..3]);
+        let told = Told { instance: 0x0102_0304_0506_0708, number: 9, gains: all[3..4].to_vec(), filter };
+        let bytes = told.to_bytes().unwrap();
+        let text: String = bytes[MAGIC.len()..].iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(
+            text,
+            "0807060504030201090000000000000001000000\
+             9d9f290527a6be626a8f5985b26e19b237b44872\
+             c15c0289ec2d0a910800000008000000\
+             00000000000000001200009c0b000000000000000000000000000000c006"
+        );
+        let set = Told::parse(bytes).and_then(PathSet::new).unwrap();
+        assert!(all[..4].iter().all(|hash| set.may_contain(hash)) && !set.may_contain(&all[4]));
+    }
+
+    #[test]
     fn a_version_is_known_by_its_run() {
         assert_eq!(known_number("00000000000000ff-12", 255), Some(12));
         for text in ["", "-", "00000000000000ff-", "00000000000000fe-12", "00000000000000ff-+12", "ff-12"] {

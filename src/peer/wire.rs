@@ -12,8 +12,8 @@ pub(super) const MAX_DATAGRAM: usize = 4096;
 pub(super) const MAX_GAINED: usize = 100;
 /// The feature of a host that understands [`Message::Gained`].
 pub const FEATURE_GAINED: &str = "gained";
-/// The feature of a host that tells what it holds.
-pub const FEATURE_HOLDINGS: &str = "holdings";
+/// The feature of a host that tells what it holds, in the second way to write that: whoever writes the first one is not asked for it.
+pub const FEATURE_HOLDINGS: &str = "holdings-2";
 /// The longest text in an announcement that is kept, in bytes.
 const MAX_TEXT: usize = 256;
 /// The most features that are kept.
