@@ -127,6 +127,19 @@ impl Signer {
         Self::read(options)
     }
 
+    /// Reads our own key from the state folder, and makes none. `None`: there is none yet, or not for whoever asks.
+    pub fn own(state: &Path) -> Result<Option<Self>, SigningError> {
+        match read(&state.join(OWN_KEY)) {
+            Ok(key) => Ok(Some(Self { keys: vec![key] })),
+            Err(SigningError::Read { source, .. })
+                if matches!(source.kind(), ErrorKind::NotFound | ErrorKind::PermissionDenied) =>
+            {
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
     /// Reads the keys that the configuration names, and makes none.
     pub fn read(options: &Options) -> Result<Self, SigningError> {
         let mut keys: Vec<SecretKey> = Vec::new();

@@ -201,7 +201,12 @@ fn check_named(config: &Config, file: Option<&Path>) -> anyhow::Result<(Signer, 
 
 fn check_config(common: &Common) -> anyhow::Result<()> {
     let (config, file) = config(common)?;
-    let (signer, store_is_there) = check_named(&config, file.as_deref())?;
+    let (mut signer, store_is_there) = check_named(&config, file.as_deref())?;
+    if config.signing.keys.is_empty()
+        && let Ok(state) = config.state.directory()
+    {
+        signer = Signer::own(&state)?.unwrap_or(signer);
+    }
     logging::filter(&config.log)?;
     let mut warnings = Vec::new();
     if !store_is_there {
@@ -225,7 +230,7 @@ fn check_config(common: &Common) -> anyhow::Result<()> {
         writeln!(out, "warning: {warning}")?;
     }
     if signer.public_keys().is_empty() {
-        writeln!(out, "signs with a key of its own, which is made in the state folder at first start")?;
+        writeln!(out, "signs with a key of its own in the state folder, which is made there at first start")?;
     }
     for key in signer.public_keys() {
         writeln!(out, "signs as {}", public_key_text(&key))?;

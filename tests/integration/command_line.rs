@@ -196,6 +196,26 @@ fn keys_are_made_as_nix_makes_them() {
 }
 
 #[test]
+fn the_key_in_the_state_folder_is_checked_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let (file, key) = (folder.path().join("peernix.toml"), folder.path().join("secret-key"));
+    std::fs::write(&file, format!("[state]\ndirectory = {:?}", folder.path())).unwrap();
+    let check = || run(Command::new(PROGRAM).args(["check-config", "--config"]).arg(&file));
+    let none = check();
+    assert!(String::from_utf8_lossy(&none.stdout).contains("is made there at first start"), "{none:?}");
+    let public = text(Command::new(PROGRAM).args(["key", "generate", "host-1", "--to"]).arg(&key));
+    let good = check();
+    assert!(String::from_utf8_lossy(&good.stdout).contains(&format!("signs as {public}")), "{good:?}");
+    std::fs::write(&key, "garbage").unwrap();
+    let damaged = check();
+    assert_eq!(damaged.status.code(), Some(1));
+    assert!(
+        String::from_utf8_lossy(&damaged.stderr).contains("secret-key holds no secret key"),
+        "{damaged:?}"
+    );
+}
+
+#[test]
 fn help_completions_and_the_manual_are_printed() {
     for (arguments, part) in [
         (&["--help"][..], "http://127.0.0.1:9999/nix-cache"),
