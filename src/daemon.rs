@@ -2,6 +2,7 @@
 //!
 //! The same constructor serves `peernix serve`, `peernix try` and the tests.
 
+use std::fs::{File, TryLockError};
 use std::net::SocketAddr;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
@@ -75,6 +76,7 @@ pub struct Daemon {
     share: Share,
     spools: Spools,
     followers: JoinSet<()>,
+    _state_lock: Option<File>,
 }
 
 impl Daemon {
@@ -108,6 +110,7 @@ impl Daemon {
                 (Signer::load(&config.signing, &state)?, Some(state))
             }
         };
+        let state_lock = state.as_deref().and_then(locked);
         let signer = Arc::new(signer);
         let trust = Trust::new(config.trust.clone(), signer.public_keys(), store.store_dir().clone());
         let peers = peers(config, &signer, &addresses, &metrics)?;
@@ -156,6 +159,7 @@ impl Daemon {
             share,
             spools,
             followers,
+            _state_lock: state_lock,
         })
     }
 
@@ -216,6 +220,16 @@ fn make_folder(folder: PathBuf) -> Result<PathBuf, StartError> {
         Ok(()) => Ok(folder),
         Err(source) => Err(StartError::State { path: folder, source }),
     }
+}
+
+/// The state folder, locked for as long as this is kept. Two daemons can do with one, but what is saved last stays.
+fn locked(folder: &Path) -> Option<File> {
+    let file = File::open(folder).ok()?;
+    if let Err(TryLockError::WouldBlock) = file.try_lock() {
+        let folder = folder.display();
+        tracing::warn!(%folder, "another peernix has this state folder: name one for each by state.directory");
+    }
+    Some(file)
 }
 
 /// Who is known at the start, and what this host says of itself.

@@ -216,6 +216,21 @@ fn the_key_in_the_state_folder_is_checked_too() {
 }
 
 #[test]
+fn daemons_with_one_state_folder_share_its_key_and_say_so() {
+    let (store, folder) = (Store::new(), tempfile::tempdir().unwrap());
+    let settings = format!("[state]\ndirectory = {:?}", folder.path());
+    let daemons: Vec<Daemon> = std::thread::scope(|scope| {
+        let all = [(); 4].map(|()| scope.spawn(|| Daemon::serve(store.root(), &settings)));
+        all.into_iter().map(|one| one.join().unwrap()).collect()
+    });
+    let keys: Vec<String> = daemons.iter().map(|daemon| get(&daemon.url("public-key")).text()).collect();
+    assert!(keys.iter().all(|key| key == &keys[0]), "{keys:?}");
+    let count = |said: &str| daemons.iter().map(|daemon| daemon.logged(said).len()).sum::<usize>();
+    assert_eq!(count("made a key to sign with"), 1);
+    assert_eq!(count("another peernix has this state folder: name one for each by state.directory"), 3);
+}
+
+#[test]
 fn help_completions_and_the_manual_are_printed() {
     for (arguments, part) in [
         (&["--help"][..], "http://127.0.0.1:9999/nix-cache"),
