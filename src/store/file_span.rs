@@ -10,8 +10,8 @@ use rustix::io::ReadWriteFlags;
 
 /// What is longer than this by [`SHORTEST`] is cut: one call may not keep a thread that others wait for.
 const LONG: u64 = 1024 * 1024;
-/// So far apart it is looked at least whether the bytes are in memory: the kernel reads files in pieces about as long.
-const APART: u64 = 128 * 1024;
+/// So far apart it is looked whether the bytes are in memory: the kernel reads files in pieces about as long.
+const APART: usize = 128 * 1024;
 /// A shorter one costs more in system calls than a copy of it.
 pub(super) const SHORTEST: u64 = 64 * 1024;
 
@@ -42,10 +42,7 @@ impl FileSpan {
         }
         // No rest is left that would be too short for another one.
         let range = range.start..range.start + if len < LONG + SHORTEST { len } else { LONG };
-        // Each look costs 2 µs, all of them a tenth of sending. What is in memory in parts is short, programs and libraries: of which
-        // much was there by now, that was read from its beginning on.
-        let apart = (range.start / 4).clamp(APART, LONG);
-        let looked_at = (range.start..range.end).step_by(apart as usize).chain([range.end - 1]);
+        let looked_at = range.clone().step_by(APART).chain([range.end - 1]);
         // What lies between two that are there came with one of them.
         let last = looked_at.take_while(|at| is_in_memory(&**file, *at)).last()?;
         let range = range.start..if last + 1 == range.end { range.end } else { last };
