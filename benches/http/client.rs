@@ -11,7 +11,7 @@ use crate::connection::Client;
 
 /// Where a server has a NAR, and how long it is.
 pub(crate) struct Nar {
-    url: String,
+    pub(crate) url: String,
     pub(crate) size: usize,
 }
 

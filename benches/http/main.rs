@@ -1,8 +1,8 @@
 //! The local daemon against nginx with the same NARs as files: `cargo bench --bench http`.
 //!
 //! Both on loopback and from a warm cache, in turn, in every round; a ratio is the median of the rounds' own. Narinfos by wrk,
-//! NARs by a client that throws them away, `nix copy` into a fresh store. What many small files cost the kernel alone is measured
-//! beside. nginx has a worker for each core and sendfile. Needs nix-bin, nginx-light and wrk, and 6 GB in the temporary folder,
+//! NARs by a client that throws them away, `nix copy` into a fresh store. NARs are read once before they are measured: some machines
+//! take back what nobody has read for half a minute. What many small files cost the kernel alone is measured beside. nginx has a worker for each core and sendfile. Needs nix-bin, nginx-light and wrk, and 6 GB in the temporary folder,
 //! which had better be no tmpfs: that can't say what is in memory, and no store lies on one.
 //!
 //! `-- --rounds N` for other than five; `-- --only hits,misses,latency,large,middling,files,copy` for some of the rows.
@@ -128,7 +128,7 @@ impl Round<'_> {
                         "hits" | "misses" | "latency" => self.narinfos(server, part),
                         "large" => self.large(server, &nars[&self.store.large]),
                         "middling" => self.middling(server, nars),
-                        "copy" => self.copy(server),
+                        "copy" => self.copy(server, nars),
                         // Has servers of its own, below.
                         _ => {}
                     }
@@ -180,6 +180,7 @@ impl Round<'_> {
     }
 
     fn large(&mut self, server: &Server, nar: &Nar) {
+        read(server.address, 1, vec![nar]);
         for (streams, times, rate_label, cpu_label) in [
             (1, 3, "NAR of 671 MB, 1 stream, MB/s", "its CPU, 1 stream, s/GB"),
             (8, 8, "NAR of 671 MB, 8 streams, MB/s", "its CPU, 8 streams, s/GB"),
@@ -193,13 +194,18 @@ impl Round<'_> {
     }
 
     fn middling(&mut self, server: &Server, nars: &HashMap<String, Nar>) {
-        let nars: Vec<&Nar> = self.store.middling.iter().map(|hash| &nars[hash]).collect();
+        let nars = self.middling_of(nars);
+        read(server.address, 1, nars.clone());
         for (streams, label) in
             [(1, "NARs of 300 paths, 1 stream, MB/s"), (8, "NARs of 300 paths, 8 streams, MB/s")]
         {
             let rate = read(server.address, streams, nars.clone()).rate();
             self.table.add(server.kind, label, Wanted::AtLeast(0.9), rate);
         }
+    }
+
+    fn middling_of<'n>(&self, nars: &'n HashMap<String, Nar>) -> Vec<&'n Nar> {
+        self.store.middling.iter().map(|hash| &nars[hash]).collect()
     }
 
     /// From servers that have just started, and then from the same again, in these turns; and how much memory each took.
@@ -214,6 +220,13 @@ impl Round<'_> {
         let nars = servers.each_ref().map(|server| nars(server.address, std::slice::from_ref(hash)));
         let rate_of =
             |at: usize, times| read(servers[at].address, streams, vec![&nars[at][hash]; times]).rate();
+        // No server may be asked before it is measured.
+        read_files(&self.store.files_path);
+        for (server, nars) in servers.iter().zip(&nars) {
+            if server.kind == Kind::Nginx {
+                std::fs::read(self.store.file_of(&nars[hash])).expect("the NAR as a file");
+            }
+        }
         let mut sent = 0.0;
         for at in turns {
             let (kind, rate) = (servers[at].kind, rate_of(at, streams));
@@ -247,7 +260,8 @@ impl Round<'_> {
         }
     }
 
-    fn copy(&mut self, server: &Server) {
+    fn copy(&mut self, server: &Server, nars: &HashMap<String, Nar>) {
+        read(server.address, 1, self.middling_of(nars));
         let before = server.cpu();
         let seconds = self.store.copy_from(server.address);
         self.table.add(server.kind, "nix copy of 300 paths, s", Wanted::AtMost(1.05), seconds);

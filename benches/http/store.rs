@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Instant;
 
+use crate::client::Nar;
+
 /// Misses that wrk walks through: more than the hits, so that neither side meets the same one often.
 const MISSES: usize = 20_000;
 
@@ -85,6 +87,11 @@ impl Store {
         let took = began.elapsed().as_secs_f64();
         println!("{} paths made and copied into files in {took:.0} s", store.all.len());
         store
+    }
+
+    /// The file that nginx has of a NAR.
+    pub(crate) fn file_of(&self, nar: &Nar) -> PathBuf {
+        self.folder.join("cache").join(nar.url.trim_start_matches('/'))
     }
 
     fn write_walks(&self) {
