@@ -158,7 +158,7 @@ async fn a_disk_that_is_full_from_the_beginning_is_tried_once() {
 fn clients_of_a_daemon_whose_disk_gets_full_get_all_of_it_and_the_space_comes_back() {
     let (disk, honest) = (SmallDisk::new(), honest(LARGE));
     let settings = format!("[state]\ndirectory = {:?}\n[discovery]\nenable = false", disk.path);
-    let (daemon, _store) = relaying(&honest.key, &[honest.daemon.substituter()], &settings);
+    let (_store, daemon) = relaying(&honest.key, &[honest.daemon.substituter()], &settings);
     let before = disk.free();
     assert_eq!(ask(&daemon, &honest.path).status, 200);
     let url = daemon.url(&honest.nar_url);

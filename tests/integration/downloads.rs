@@ -39,7 +39,7 @@ fn is_replaced(honest: &Honest, fails: fn(Vec<u8>) -> Script, ranges: bool) {
     let first = peer(honest, false, fails);
     let second = peer(honest, true, move |nar| Script { ranges, ..Script::ok(nar) });
     let settings = "[resolve]\nnarinfo_budget = \"5s\"\nstall = \"2s\"";
-    let (daemon, _store) = relaying(&honest.key, &[first.url(), second.url()], settings);
+    let (_store, daemon) = relaying(&honest.key, &[first.url(), second.url()], settings);
     assert_eq!(ask(&daemon, &honest.path).status, 200);
     assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar, "ranges: {ranges}");
     assert_eq!((first.asked_for(".nar"), second.asked_for(".nar")), (1, 1));
@@ -83,7 +83,7 @@ fn who_lies_and_breaks_off_each_time_makes_no_liar_of_who_goes_on() {
     });
     let good = peer(&honest, true, |nar| Script { ranges: true, ..Script::ok(nar) });
     let settings = "[resolve]\nnarinfo_budget = \"5s\"";
-    let (daemon, _store) = relaying(&honest.key, &[liar.url(), good.url()], settings);
+    let (_store, daemon) = relaying(&honest.key, &[liar.url(), good.url()], settings);
     assert_eq!(ask(&daemon, &honest.path).status, 200);
     assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar);
     let of_the_good_one = format!("{}/", good.address);
@@ -100,7 +100,7 @@ fn bytes_that_prove_wrong_after_they_were_given_out_are_cut_and_never_mended_uns
     });
     let second = peer(&honest, true, Script::ok);
     let settings = "[resolve]\nnarinfo_budget = \"5s\"";
-    let (daemon, _store) = relaying(&honest.key, &[first.url(), second.url()], settings);
+    let (_store, daemon) = relaying(&honest.key, &[first.url(), second.url()], settings);
     assert_eq!(ask(&daemon, &honest.path).status, 200);
     assert!(get(&daemon.url(&honest.nar_url)).try_bytes().is_err());
     // Whoever asks again gets it.
@@ -110,9 +110,9 @@ fn bytes_that_prove_wrong_after_they_were_given_out_are_cut_and_never_mended_uns
 #[test]
 fn what_many_ask_for_at_once_comes_once_or_twice_and_whole_to_each() {
     let honest = honest(LARGE);
-    let (daemon, _store) = {
+    let (_store, daemon) = {
         let peer = peer(&honest, false, Script::ok);
-        let (daemon, store) = relaying(&honest.key, &[peer.url()], "");
+        let (store, daemon) = relaying(&honest.key, &[peer.url()], "");
         assert_eq!(ask(&daemon, &honest.path).status, 200);
         let good = AtomicUsize::new(0);
         std::thread::scope(|scope| {
@@ -125,7 +125,7 @@ fn what_many_ask_for_at_once_comes_once_or_twice_and_whole_to_each() {
         });
         assert_eq!(good.into_inner(), 16);
         assert!(peer.asked_for(".nar") <= 2, "{}", peer.asked_for(".nar"));
-        (daemon, store)
+        (store, daemon)
     };
     // Nobody reads any more: no file is left open.
     let files = || {
@@ -148,7 +148,7 @@ fn a_head_fetches_nothing_and_small_nars_come_before_they_are_asked_for() {
         counted.fetch_add(1, Ordering::SeqCst);
         Script::ok(nar)
     });
-    let (daemon, _store) = relaying(&honest.key, &[peer.url()], "");
+    let (_store, daemon) = relaying(&honest.key, &[peer.url()], "");
     assert_eq!(ask(&daemon, &honest.path).status, 200);
     let told = head(&daemon.url(&honest.nar_url));
     assert_eq!(told.header("content-length"), Some(&*honest.nar.len().to_string()));
@@ -169,7 +169,7 @@ fn a_peer_that_has_narinfos_and_no_nars_is_asked_less_and_less() {
     let broken: fn(Vec<u8>) -> Script = |nar| half(nar, Then::Closes);
     for nar in [missing, broken] {
         let peer = peer(&honest, false, nar);
-        let (daemon, _store) = relaying(&honest.key, &[peer.url()], "");
+        let (_store, daemon) = relaying(&honest.key, &[peer.url()], "");
         let pauses = eventually("its pauses add up, though it answers well in between", || {
             if ask(&daemon, &honest.path).status == 200 {
                 assert_eq!(get(&daemon.url(&honest.nar_url)).status, 404);
@@ -189,7 +189,7 @@ fn a_peer_that_sends_each_byte_by_itself_takes_no_more_memory_than_its_bytes() {
     // Hashed and held together first; each by itself they would take some 50 bytes a byte.
     for verify_first in ["4MiB", "0B"] {
         let settings = format!("[resolve]\nverify_first = {verify_first:?}\nstall = \"60s\"");
-        let (daemon, _store) = relaying(&honest.key, &[peer.url()], &settings);
+        let (_store, daemon) = relaying(&honest.key, &[peer.url()], &settings);
         assert_eq!(ask(&daemon, &honest.path).status, 200);
         let most_memory = || {
             let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.pid())).unwrap();
@@ -228,7 +228,7 @@ fn who_tells_a_wrong_nar_size_makes_no_liar_of_who_tells_the_right_one() {
     let (wrong, right) = (start(false), start(true));
     let key = crate::signatures::nix_key(&Store::new(), "stranger-1").1;
     let settings = "[resolve]\nnarinfo_budget = \"5s\"";
-    let (daemon, _store) = relaying(&key, &[wrong.url(), right.url()], settings);
+    let (_store, daemon) = relaying(&key, &[wrong.url(), right.url()], settings);
     let told = ask(&daemon, &text).text();
     assert_eq!(field(&told, "NarSize").as_deref(), Some("4096"));
     let url = daemon.url(&field(&told, "URL").unwrap());

@@ -29,7 +29,7 @@ fn a_miss_asks_nobody_and_a_gained_path_is_found() {
     // What two will have, to know its name.
     let path = Store::new().add_text("gained", "gained\n");
     let other = Daemon::serve(two.root(), "");
-    let (daemon, _store) = relaying(&one.key, &[one.daemon.substituter(), other.substituter()], "");
+    let (_store, daemon) = relaying(&one.key, &[one.daemon.substituter(), other.substituter()], "");
     // That they are peernix is known from their first answers.
     miss(&daemon, 0);
     assert_eq!(asked(&daemon), 2.0);
@@ -60,7 +60,7 @@ fn paths_that_come_one_after_the_other_are_found_each() {
     let paths: Vec<String> = texts.iter().map(|text| names.add_text(text, text)).collect();
     let peer = Daemon::serve(holder.root(), "");
     let key = get(&peer.url("public-key")).text();
-    let (daemon, _store) = relaying(key.trim(), &[peer.substituter()], "");
+    let (_store, daemon) = relaying(key.trim(), &[peer.substituter()], "");
     miss(&daemon, 0);
     for (text, path) in texts.iter().zip(&paths) {
         // Around the first set and every difference, whether the miss is remembered or not.

@@ -19,7 +19,7 @@ use crate::support::store::Store;
 fn a_path_comes_from_a_peer_verified_and_signed_again() {
     for size in [1000, 20 << 20] {
         let honest = honest(size);
-        let (daemon, _store) = relaying(&honest.key, &[honest.daemon.substituter()], "");
+        let (_store, daemon) = relaying(&honest.key, &[honest.daemon.substituter()], "");
         let told = ask(&daemon, &honest.path);
         assert_eq!(told.status, 200);
         let told = told.text();
@@ -41,9 +41,9 @@ fn a_path_comes_from_a_peer_verified_and_signed_again() {
 #[test]
 fn the_url_of_a_nar_is_enough_after_a_restart() {
     let honest = honest(1000);
-    let (first, _one) = relaying(&honest.key, &[honest.daemon.substituter()], "");
+    let (_one, first) = relaying(&honest.key, &[honest.daemon.substituter()], "");
     let url = field(&ask(&first, &honest.path).text(), "URL").unwrap();
-    let (second, _two) = relaying(&honest.key, &[honest.daemon.substituter()], "");
+    let (_two, second) = relaying(&honest.key, &[honest.daemon.substituter()], "");
     assert!(get(&second.url(&url)).bytes() == honest.nar);
     // Of another NarHash there is none.
     let other = url.replace(&field(&honest.narinfo, "NarHash").unwrap()["sha256:".len()..], &"0".repeat(52));
@@ -53,7 +53,7 @@ fn the_url_of_a_nar_is_enough_after_a_restart() {
 #[test]
 fn a_request_of_a_peer_and_of_strangers_stays_on_the_host() {
     let honest = honest(1000);
-    let (daemon, _store) = relaying(&honest.key, &[honest.daemon.substituter()], "");
+    let (_store, daemon) = relaying(&honest.key, &[honest.daemon.substituter()], "");
     let url = daemon.url(&format!("{}.narinfo", hash_part(&honest.path)));
     assert_eq!(get_with(&url, &[("x-peernix-peer", "somebody")]).status, 404);
     assert_eq!(get_with(&daemon.url(&honest.nar_url), &[("x-peernix-peer", "somebody")]).status, 404);
@@ -64,7 +64,7 @@ fn a_request_of_a_peer_and_of_strangers_stays_on_the_host() {
 fn what_nobody_trusted_has_signed_is_not_passed_on_unless_that_is_left_to_the_client() {
     let honest = honest(1000);
     let stranger = crate::signatures::nix_key(&Store::new(), "stranger-1").1;
-    let (daemon, _store) = relaying(&stranger, &[honest.daemon.substituter()], "");
+    let (_store, daemon) = relaying(&stranger, &[honest.daemon.substituter()], "");
     assert_eq!(ask(&daemon, &honest.path).status, 404);
     assert_eq!(daemon.metric("peernix_untrusted_narinfos_total"), 1.0);
     let told = eventually("why is told", || daemon.logged("a peer's path is not passed on").pop());
@@ -86,7 +86,7 @@ fn what_nobody_trusted_has_signed_is_not_passed_on_unless_that_is_left_to_the_cl
     let source = Store::new();
     let text = source.add_text("text", "content-addressed");
     let other = Daemon::serve(source.root(), "");
-    let (daemon, _store) = relaying(&stranger, &[other.substituter()], "");
+    let (_store, daemon) = relaying(&stranger, &[other.substituter()], "");
     let told = ask(&daemon, &text).text();
     let own = get(&daemon.url("public-key")).text();
     let own = own.split(':').next().unwrap();
@@ -195,7 +195,7 @@ fn a_peer_that_lies_costs_itself_and_the_client_gets_the_path_from_an_honest_one
         });
         // The liar alone: a 404, never bad bytes as if they were good.
         let settings = "[resolve]\nnarinfo_budget = \"5s\"";
-        let (daemon, _store) = relaying(&honest.key, &[liar.url()], settings);
+        let (_store, daemon) = relaying(&honest.key, &[liar.url()], settings);
         let told = ask(&daemon, &honest.path);
         if told.status == 200 {
             assert_eq!(get(&daemon.url(&honest.nar_url)).status, 404, "{name}");
@@ -204,7 +204,7 @@ fn a_peer_that_lies_costs_itself_and_the_client_gets_the_path_from_an_honest_one
         }
         assert!(daemon.metric(cost) >= 1.0, "{name}");
         // Beside an honest peer: the path.
-        let (daemon, _store) = relaying(&honest.key, &[liar.url(), late.url()], settings);
+        let (_store, daemon) = relaying(&honest.key, &[liar.url(), late.url()], settings);
         assert_eq!(ask(&daemon, &honest.path).status, 200, "{name}");
         assert!(get(&daemon.url(&honest.nar_url)).bytes() == honest.nar, "{name}");
         assert!(daemon.metric(cost) >= 1.0, "{name}");
@@ -222,7 +222,7 @@ fn a_large_nar_of_other_bytes_is_cut_before_its_last_ones() {
         }
         Script::ok(truth)
     });
-    let (daemon, _store) = relaying(&honest.key, &[liar.url()], "");
+    let (_store, daemon) = relaying(&honest.key, &[liar.url()], "");
     assert_eq!(ask(&daemon, &honest.path).status, 200);
     assert!(get(&daemon.url(&honest.nar_url)).try_bytes().is_err());
     assert_eq!(daemon.metric("peernix_peer_lies_total"), 1.0);
@@ -235,12 +235,12 @@ fn a_silent_peer_costs_no_more_than_the_budget_and_a_stalled_nar_is_cut() {
         std::thread::sleep(Duration::from_secs(20));
         Script::ok(Vec::new())
     });
-    let (daemon, _store) = relaying(&honest.key, &[silent.url()], "");
+    let (_store, daemon) = relaying(&honest.key, &[silent.url()], "");
     let began = Instant::now();
     assert_eq!(ask(&daemon, &honest.path).status, 404);
     assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
     // Nothing was remembered of it: with an honest peer the answer comes, silent one or not.
-    let (daemon, _store) = relaying(&honest.key, &[silent.url(), honest.daemon.substituter()], "");
+    let (_store, daemon) = relaying(&honest.key, &[silent.url(), honest.daemon.substituter()], "");
     assert_eq!(ask(&daemon, &honest.path).status, 200);
 
     let (upstream, nar) = (honest.daemon.url("nix-cache"), honest.nar.clone());
@@ -251,7 +251,7 @@ fn a_silent_peer_costs_no_more_than_the_budget_and_a_stalled_nar_is_cut() {
         }
         Script::ok(get(&format!("{upstream}/{path}")).bytes())
     });
-    let (daemon, _store) = relaying(&honest.key, &[stalling.url()], "[resolve]\nstall = \"1s\"");
+    let (_store, daemon) = relaying(&honest.key, &[stalling.url()], "[resolve]\nstall = \"1s\"");
     assert_eq!(ask(&daemon, &honest.path).status, 200);
     let answer = get(&daemon.url(&honest.nar_url));
     assert_eq!(answer.status, 200);
@@ -272,7 +272,7 @@ fn a_hundred_clients_make_one_question_and_a_miss_is_remembered() {
     let urls: Vec<String> = scripted.iter().map(Scripted::url).collect();
     // So long that none is silent for it, however busy the machine: a silent one would be asked again.
     let settings = "[resolve]\nnarinfo_budget = \"10s\"";
-    let (daemon, _store) = relaying("a-1:oN1zFXrSL7R8wvWrBXE/kcX7g3jYBwSR64LOkoAhVSY=", &urls, settings);
+    let (_store, daemon) = relaying("a-1:oN1zFXrSL7R8wvWrBXE/kcX7g3jYBwSR64LOkoAhVSY=", &urls, settings);
     let missing = format!("/nix/store/{}-x", "3".repeat(32));
     let answered = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -553,7 +553,7 @@ fn a_pause_and_its_end_are_told_once_each_and_who_was_never_heard_was_never_seen
         let status = if state.load(Ordering::SeqCst) { 500 } else { 404 };
         Script { status, ..Script::ok(Vec::new()) }
     });
-    let (daemon, _store) = relaying("a-1:oN1zFXrSL7R8wvWrBXE/kcX7g3jYBwSR64LOkoAhVSY=", &[peer.url()], "");
+    let (_store, daemon) = relaying("a-1:oN1zFXrSL7R8wvWrBXE/kcX7g3jYBwSR64LOkoAhVSY=", &[peer.url()], "");
     let peers = || get(&daemon.url("api/v1/peers")).text();
     assert!(peers().contains("\"last_seen_seconds_ago\": null"), "{}", peers());
     let mut number = 0;

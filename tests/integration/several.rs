@@ -112,7 +112,7 @@ fn who_dies_or_stalls_midway_is_left_out_and_its_pieces_come_from_another() {
     for fails in [dies, stalls] {
         let wrong = peer(&honest, move |asked, nar| if asked >= 2 { fails(nar) } else { slow_parts(nar) });
         let right = peer(&honest, |_, nar| slow_parts(nar));
-        let (daemon, _store) = relaying(&honest.key, &[wrong.url(), right.url()], SETTINGS);
+        let (_store, daemon) = relaying(&honest.key, &[wrong.url(), right.url()], SETTINGS);
         assert!(fetched(&honest, &daemon).unwrap() == honest.nar);
         assert!(daemon.metric(REASSIGNED) >= 1.0);
         assert!(wrong.asked_for(".nar") >= 3 && right.asked_for(".nar") >= 3);
@@ -126,7 +126,7 @@ fn a_peer_without_ranges_sends_all_or_nothing() {
     for both in [true, false] {
         let whole = peer(&honest, |_, nar| Script::ok(nar));
         let other = peer(&honest, move |_, nar| if both { Script::ok(nar) } else { slow_parts(nar) });
-        let (daemon, _store) = relaying(&honest.key, &[whole.url(), other.url()], SETTINGS);
+        let (_store, daemon) = relaying(&honest.key, &[whole.url(), other.url()], SETTINGS);
         assert!(fetched(&honest, &daemon).unwrap() == honest.nar);
         assert_eq!(daemon.metric(LIES) + daemon.metric("peernix_relay_failovers_total"), 0.0);
     }
@@ -139,7 +139,7 @@ fn comes_right(honest: &Honest, wrong_at: impl Iterator<Item = usize>) -> usize 
     wrong_at.for_each(|at| bytes[at] ^= 1);
     let wrong = peer_with(honest, bytes, |_, nar| slow_parts(nar));
     let right = peer(honest, |_, nar| slow_parts(nar));
-    let (daemon, _store) = relaying(&honest.key, &[wrong.url(), right.url()], SETTINGS);
+    let (_store, daemon) = relaying(&honest.key, &[wrong.url(), right.url()], SETTINGS);
     let mut cut = 0;
     eventually("the right one is found", || {
         if ask(&daemon, &honest.path).status != 200 {
@@ -181,7 +181,7 @@ fn small_nars_come_now_from_one_and_now_from_the_other() {
         .collect();
     let holders = stores.each_ref().map(|store| Daemon::serve(store.root(), ""));
     let key = crate::signatures::nix_key(&Store::new(), "stranger-1").1;
-    let (daemon, _store) = relaying(&key, &holders.each_ref().map(Daemon::substituter), SETTINGS);
+    let (_store, daemon) = relaying(&key, &holders.each_ref().map(Daemon::substituter), SETTINGS);
     for path in &paths {
         let url = field(&ask(&daemon, path).text(), "URL").unwrap();
         assert_eq!(get(&daemon.url(&url)).status, 200);

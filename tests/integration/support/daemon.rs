@@ -5,8 +5,12 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use super::eventually;
+
+/// How long a daemon's children are waited for after its end.
+const CHILDREN_TIME: Duration = Duration::from_secs(2);
 
 /// A running daemon; killed when dropped.
 pub struct Daemon {
@@ -94,7 +98,7 @@ impl Daemon {
     /// Its `nix-store` processes.
     pub fn children(&self) -> Vec<u32> {
         let mut found = Vec::new();
-        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten() {
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten() {
             let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
             found.extend(
                 children
@@ -136,8 +140,14 @@ fn serves(pid: u32) -> bool {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        let children = self.children();
         let _ = self.process.kill();
         let _ = self.process.wait();
+        // They end by themselves, and one that has just been started would make the folder of its store again.
+        let until = Instant::now() + CHILDREN_TIME;
+        while children.iter().any(|child| serves(*child)) && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if std::thread::panicking() {
             eprintln!("the daemon's log:\n{}", self.log().join("\n"));
         }

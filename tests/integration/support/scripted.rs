@@ -191,12 +191,13 @@ pub fn honest(size: usize) -> Honest {
     Honest { daemon, path, narinfo, nar_url, nar, key, store }
 }
 
-/// A daemon with an empty store that asks these caches and trusts this key.
-pub fn relaying(key: &str, urls: &[String], more: &str) -> (Daemon, Store) {
+/// A daemon with an empty store that asks these caches and trusts this key. Whoever names both in this order drops the daemon first.
+pub fn relaying(key: &str, urls: &[String], more: &str) -> (Store, Daemon) {
     let store = Store::new();
     let peers: String = urls.iter().map(|url| format!("[[peer]]\nurl = {url:?}\n")).collect();
     let settings = format!("{more}\n[trust]\npublic_keys = [{key:?}]\nhost_keys = false\n{peers}");
-    (Daemon::serve(store.root(), &settings), store)
+    let daemon = Daemon::serve(store.root(), &settings);
+    (store, daemon)
 }
 
 pub fn ask(daemon: &Daemon, path: &str) -> Answer {
