@@ -21,6 +21,8 @@ pub(super) fn start(options: &Log) -> anyhow::Result<()> {
     let logs = tracing_subscriber::fmt()
         .with_env_filter(filter(options)?)
         .with_writer(std::io::stderr)
+        // They would be told on stderr, too: where that is closed, by a panic.
+        .log_internal_errors(false)
         .with_target(false);
     match options.format {
         LogFormat::Text => {

@@ -18,7 +18,9 @@ pub(super) struct Holder {
     pub(super) generation: Arc<Generation>,
     /// When it came into office, or left it.
     pub(super) since: Instant,
-    /// How many were taken.
+    /// How many paths it was asked about. Each has a root of it, also one that is not valid or was being made.
+    pub(super) roots: usize,
+    /// How many of these are leases.
     pub(super) leases: usize,
     paths: Vec<StorePath>,
     /// Processes whose leases it took over.
@@ -28,7 +30,7 @@ pub(super) struct Holder {
 impl Holder {
     pub(super) fn new(child: Child, generation: Arc<Generation>) -> Self {
         let (paths, heir_of) = (Vec::new(), Vec::new());
-        Self { child, generation, since: Instant::now(), leases: 0, paths, heir_of }
+        Self { child, generation, since: Instant::now(), roots: 0, leases: 0, paths, heir_of }
     }
 
     /// It has leased these too. No more than `at_most` are remembered.

@@ -181,7 +181,7 @@ impl Office {
                 }
             }
         }
-        let is_full = |current: &Holder| current.leases >= self.options.leases;
+        let is_full = |current: &Holder| current.roots >= self.options.leases;
         if self.current.as_ref().is_some_and(is_full) && self.retired.len() < MAX_RETIRED / 2 {
             self.start_successor();
         }
@@ -238,6 +238,7 @@ impl Office {
         loop {
             tries += 1;
             let current = self.ensure_current().await?;
+            current.roots += paths.len();
             match current.child.query(paths).await {
                 Ok(infos) => {
                     current.add(infos.keys(), at_most);
@@ -353,7 +354,7 @@ impl Office {
     async fn rotate(&mut self) {
         let (now, lease) = (Instant::now(), self.options.lease);
         self.lost_leases.expire(now, lease);
-        let due = |current: &Holder| current.leases > 0 && now - current.since >= lease / 2;
+        let due = |current: &Holder| current.roots > 0 && now - current.since >= lease / 2;
         if self.current.as_ref().is_some_and(due) {
             self.start_successor();
         }

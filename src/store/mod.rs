@@ -8,6 +8,7 @@ mod buffers;
 mod build_log;
 mod child;
 mod copy_file;
+mod error;
 mod file_span;
 mod gains;
 mod in_order;
@@ -37,16 +38,15 @@ mod tree_part;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use moka::sync::Cache;
-use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinHandle, spawn_blocking};
 
 pub use buffers::{Buffer, BufferPool};
 pub use build_log::LogError;
 pub use child::ChildError;
+pub use error::{OpenError, StoreError};
 pub use file_span::FileSpan;
 pub use gains::KEPT_GAINS;
 pub use known::KnownPath;
@@ -59,6 +59,7 @@ pub use tree_error::TreeError;
 
 use self::known::{KnownPaths, Stamp};
 use self::leases::Leases;
+use self::name::is_lock_file;
 use self::names::Names;
 use self::remembered_names::RememberedNames;
 use crate::metrics::StoreMetrics;
@@ -67,56 +68,6 @@ use crate::nix::{StoreDir, StorePath, StorePathHash};
 
 /// Memory for layouts that may be asked for again, in bytes: ranges and resumed downloads ask for the same one.
 const LAYOUTS_BYTES: u64 = 16 * 1024 * 1024;
-
-/// Why the store can't answer.
-#[derive(Debug, Error)]
-pub enum StoreError {
-    /// `nix-store` can't be asked.
-    #[error("the local store can't be asked: {0}")]
-    Unavailable(Arc<ChildError>),
-    /// Too many questions wait.
-    #[error("the local store did not answer within {0:?}")]
-    Busy(Duration),
-    /// The daemon shuts down.
-    #[error("the local store is closed")]
-    Closed,
-    /// The path is there, but not as the store's database says: half deleted, or damaged.
-    #[error(
-        "{path} has a NAR of {found} bytes where the store says {expected}: it is being deleted, or damaged"
-    )]
-    WrongSize {
-        /// Where it lies.
-        path: PathBuf,
-        /// NarSize in the database.
-        expected: u64,
-        /// What the tree on disk comes to.
-        found: u64,
-    },
-    /// The tree can't be read.
-    #[error(transparent)]
-    Tree(#[from] TreeError),
-    /// The build log can't be read.
-    #[error(transparent)]
-    Log(#[from] LogError),
-}
-
-/// The store directory can't be read, so that nothing could ever be served from it.
-#[derive(Debug, Error)]
-pub enum OpenError {
-    /// `store.root` is not there.
-    #[error("the store {} does not exist: make it, or correct store.root", .0.display())]
-    Missing(PathBuf),
-    /// It, or the folder of store paths, is there and keeps us out.
-    #[error(
-        "the store {directory} can't be read: {source}; run peernix as a user who may, or see store.root"
-    )]
-    Unreadable {
-        /// Which.
-        directory: PathBuf,
-        /// What the system says.
-        source: std::io::Error,
-    },
-}
 
 /// A cheap handle on the local store.
 #[derive(Clone, Debug)]
@@ -281,6 +232,10 @@ impl Store {
             return Ok(Some(known));
         }
         let Some(path) = self.0.names.find(hash).await else { return Ok(None) };
+        // A question takes a root, and that of a lock keeps the path that is being made, by their hash part.
+        if is_lock_file(&path, &self.real(&path)) {
+            return Ok(None);
+        }
         self.ask_for(hash, path).await
     }
 
@@ -289,7 +244,7 @@ impl Store {
         hash: &StorePathHash,
         path: StorePath,
     ) -> Result<Option<Arc<KnownPath>>, StoreError> {
-        let real = self.0.options.directory().join(path.to_basename());
+        let real = self.real(&path);
         let Some((info, _lease, mark)) = self.0.leases.ask(path).await? else { return Ok(None) };
         // After the lease: what lies there now is what was found valid.
         let Some(stamp) = Stamp::of(&real) else { return Ok(None) };
@@ -300,6 +255,11 @@ impl Store {
         let known = Arc::new(known);
         self.0.known.insert(Arc::clone(&known));
         Ok(Some(known))
+    }
+
+    /// Where a path really lies.
+    fn real(&self, path: &StorePath) -> PathBuf {
+        self.0.options.directory().join(path.to_basename())
     }
 
     /// Forgets what is remembered of a path: the next question is answered by the store.

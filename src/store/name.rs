@@ -1,6 +1,9 @@
 //! What a name in the store directory is.
 
 use std::ffi::CStr;
+use std::path::Path;
+
+use rustix::fs::{Mode, Stat};
 
 use crate::nix::{StorePath, StorePathHash};
 
@@ -17,4 +20,11 @@ pub(super) fn path_named(hash: &StorePathHash, name: &[u8]) -> Option<StorePath>
 /// Whether Nix locks a path by this name, which it has while that is made, and sometimes longer.
 pub(super) fn is_lock(path: &StorePath) -> bool {
     path.name().ends_with(".lock")
+}
+
+/// Whether what lies there is the lock of a path, and not a path that is named so: Nix writes locks, and nothing in a store can be
+/// written.
+pub(super) fn is_lock_file(path: &StorePath, real: &Path) -> bool {
+    let may_be_written = |stat: Stat| Mode::from_raw_mode(stat.st_mode).intersects(Mode::WUSR);
+    is_lock(path) && rustix::fs::lstat(real).is_ok_and(may_be_written)
 }

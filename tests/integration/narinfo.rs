@@ -209,6 +209,8 @@ fn a_lock_or_a_half_built_path_is_no_path() {
     let url = daemon.url(&format!("{}.narinfo", "0".repeat(32)));
     std::fs::write(store.real(&format!("{path}.lock")), "").unwrap();
     assert_eq!(get(&url).status, 404);
+    // A question would have left a root.
+    assert_eq!(daemon.metric("peernix_store_queries_total"), 0.0);
     std::fs::write(store.real(&path), "half built").unwrap();
     assert_eq!(get(&url).status, 404);
     store.register_files(&[(path.clone(), b"built".to_vec(), Vec::new())]);

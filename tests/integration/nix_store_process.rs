@@ -6,7 +6,7 @@ use crate::narinfo::hash_part;
 use crate::support::daemon::Daemon;
 use crate::support::http::get;
 use crate::support::store::Store;
-use crate::support::{eventually, run, succeed};
+use crate::support::{eventually, run, succeed, text};
 
 fn signal(pid: u32, signal: &str) {
     succeed(std::process::Command::new("kill").args([signal, &pid.to_string()]));
@@ -161,6 +161,19 @@ fn leases_hold_against_deletion_and_end_after_their_time() {
     assert_eq!(status(&daemon, &path), 404);
     eventually("no lease is left", || (daemon.metric("peernix_store_leases") == 0.0).then_some(()));
     eventually("one process is left", || (daemon.children().len() == 1).then_some(()));
+}
+
+#[test]
+fn what_is_not_valid_is_not_kept_for_longer_than_a_lease_either() {
+    let store = Store::new();
+    let path = format!("/nix/store/{}-half", "0".repeat(32));
+    std::fs::write(store.real(&path), "half built").unwrap();
+    let daemon = Daemon::serve(store.root(), "lease = \"2s\"");
+    assert_eq!(status(&daemon, &path), 404);
+    let is_kept = || text(store.nix("nix-store").args(["--gc", "--print-roots"])).contains(&path);
+    assert!(is_kept(), "nix-store takes a root of whatever it is asked about");
+    assert_eq!(daemon.metric("peernix_store_leases"), 0.0);
+    eventually("the root goes", || (!is_kept()).then_some(()));
 }
 
 #[test]

@@ -1,13 +1,15 @@
 //! SIGTERM: answers in flight come to their end, within a deadline, and nothing is left running.
 
-use std::io::Read as _;
+use std::io::{BufRead as _, BufReader, Read as _};
 use std::net::TcpStream;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
-use crate::support::daemon::Daemon;
-use crate::support::eventually;
+use crate::narinfo::hash_part;
+use crate::support::daemon::{Daemon, PROGRAM};
 use crate::support::http::get;
 use crate::support::store::{Registration, Store};
+use crate::support::{eventually, succeed};
 
 const PART: &str = "00000000000000000000000000000000";
 
@@ -86,4 +88,33 @@ fn idle_connections_do_not_hold_it_up() {
     daemon.signal("-TERM");
     assert!(daemon.wait().success());
     drop(idle);
+}
+
+#[test]
+fn a_daemon_whose_log_nobody_reads_any_more_goes_on() {
+    let store = Store::new();
+    let path = store.add_text("text", "text");
+    let config = store.root().join("peernix.toml");
+    let (root, state) = (store.root(), store.root().join("state"));
+    let settings = format!(
+        "[store]\nroot = {root:?}\n[state]\ndirectory = {state:?}\n[discovery]\nenable = false\n[log]\nformat = \"json\"\n"
+    );
+    std::fs::write(&config, settings).unwrap();
+    let mut command = Command::new(PROGRAM);
+    command.args(["--listen", "127.0.0.1:0", "--config"]).arg(&config).env_remove("PEERNIX_LOG");
+    let mut daemon = command.stderr(Stdio::piped()).spawn().unwrap();
+    let log = BufReader::new(daemon.stderr.take().unwrap());
+    let mut lines = log.lines().map_while(Result::ok);
+    let line = lines.find(|line| line.contains("\"listening\"")).expect("it listens");
+    let line: serde_json::Value = serde_json::from_str(&line).unwrap();
+    let url = format!("http://{}/{}.narinfo", line["address"].as_str().unwrap(), hash_part(&path));
+    // As when a terminal is closed.
+    drop(lines);
+    for _ in 0..3 {
+        succeed(Command::new("kill").args(["-HUP", &daemon.id().to_string()]));
+        eventually("it answers", || (get(&url).status == 200).then_some(()));
+        assert!(daemon.try_wait().unwrap().is_none());
+    }
+    succeed(Command::new("kill").arg(daemon.id().to_string()));
+    assert!(daemon.wait().unwrap().success());
 }
