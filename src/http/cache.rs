@@ -125,11 +125,14 @@ impl CacheFiles {
             CacheUrl::Nar(url) => return self.nar(request, url, FileForm::Plain, client).await,
             CacheUrl::PackedNar(url) => return self.nar(request, url, FileForm::Zstd, client).await,
             CacheUrl::Listing(hash) => {
-                let place = client.heavy_work().await.ok_or(Refused::Busy)?;
-                return whole("application/json", self.resolver.listing(hash).await?, place);
+                let place = client.place_in_memory().await.ok_or(Refused::Busy)?;
+                let laying_out = client.place_to_lay_out().await.ok_or(Refused::Busy)?;
+                let listing = self.resolver.listing(hash).await?;
+                drop(laying_out);
+                return whole("application/json", listing, place);
             }
             CacheUrl::Log(path) => {
-                let place = client.heavy_work().await.ok_or(Refused::Busy)?;
+                let place = client.place_in_memory().await.ok_or(Refused::Busy)?;
                 return whole("text/plain; charset=utf-8", self.resolver.log(path).await?, place);
             }
         };
@@ -194,7 +197,7 @@ impl CacheFiles {
             FileForm::Plain => self.packing(len, asked),
         };
         if form == FileForm::Zstd || packing.is_some() {
-            let place = client.heavy_work().await.ok_or(Refused::Busy)?;
+            let place = client.place_to_lay_out().await.ok_or(Refused::Busy)?;
             let stream = nar.stream(0..len).await?;
             drop(place);
             let stream = self.told_if_cut(packed(stream, len, packing, &self.metrics), CUT);
@@ -205,7 +208,7 @@ impl CacheFiles {
             Body::empty()
         } else {
             // Only until the tree is laid out: a slow reader of a NAR holds a buffer, and no place.
-            let place = client.heavy_work().await.ok_or(Refused::Busy)?;
+            let place = client.place_to_lay_out().await.ok_or(Refused::Busy)?;
             let stream = nar.stream(range.clone()).await?;
             drop(place);
             let (path, files) = (nar.info().store_path.clone(), client.files.clone());

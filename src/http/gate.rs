@@ -22,16 +22,18 @@ use super::{Limits, Options};
 use crate::metrics::Refusal;
 use crate::resolve::{PEER_HEADER, Scope};
 
-/// Layouts, listings and logs that one class of clients may have in the making or in memory.
-const HEAVY: usize = 8;
-/// How long a request waits for its place among them; then it is 404.
-const HEAVY_WAIT: Duration = Duration::from_secs(5);
+/// Layouts that one class of clients may have in the making.
+const LAYOUTS: usize = 8;
+/// Listings and logs that one class of clients may have in memory, until they were sent.
+const WHOLE: usize = 8;
+/// How long a request waits for its place among these; then it is 404.
+const PLACE_WAIT: Duration = Duration::from_secs(5);
 /// Connections that are held open with those who get nothing but 403.
 const STRANGERS: usize = 32;
 /// Descriptors of one connection at most: its socket, the directory that it reads, two files that the kernel sends, and the next.
 const DESCRIPTORS: usize = 5;
 /// Descriptors that are kept for listeners, logs, nix-store, the local Nix, copies of NARs, laying out (nine each) and reading ahead.
-const RESERVED_DESCRIPTORS: usize = 320;
+const RESERVED_DESCRIPTORS: usize = 384;
 
 /// Decides who may come in. One for all listeners.
 #[derive(Debug)]
@@ -53,12 +55,14 @@ pub(super) struct Gate {
 struct Class {
     connections: usize,
     open: AtomicUsize,
-    heavy: Arc<Semaphore>,
+    layouts: Arc<Semaphore>,
+    whole: Arc<Semaphore>,
 }
 
 impl Class {
     fn new(connections: usize) -> Self {
-        Self { connections, open: AtomicUsize::new(0), heavy: Arc::new(Semaphore::new(HEAVY)) }
+        let (layouts, whole) = (Arc::new(Semaphore::new(LAYOUTS)), Arc::new(Semaphore::new(WHOLE)));
+        Self { connections, open: AtomicUsize::new(0), layouts, whole }
     }
 }
 
@@ -80,12 +84,12 @@ impl Gate {
             Quota::per_second(rate)
                 .allow_burst(rate.saturating_mul(std::num::NonZeroU32::MIN.saturating_add(1)))
         };
-        let others = affordable(limits.connections);
+        let (loopback, others) = affordable(limits.connections);
         Self {
             allow: options.allow.clone(),
             relay_for: options.relay_for.clone(),
             per_address: limits.connections_per_address,
-            loopback: Class::new(limits.connections),
+            loopback: Class::new(loopback),
             others: Class::new(others),
             strangers: Class::new(STRANGERS),
             addresses: DashMap::new(),
@@ -131,28 +135,45 @@ impl Gate {
     }
 }
 
-/// As many connections as there are descriptors for; the local Nix needs some too.
-fn affordable(wanted: usize) -> usize {
+/// As many connections as there are descriptors for: of the local Nix, and of all others.
+fn affordable(wanted: usize) -> (usize, usize) {
     let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-    let Some(descriptors) = descriptors.and_then(|limit| usize::try_from(limit).ok()) else { return wanted };
-    let affordable = (descriptors.saturating_sub(RESERVED_DESCRIPTORS) / DESCRIPTORS).max(1);
-    if affordable < wanted {
+    let Some(descriptors) = descriptors.and_then(|limit| usize::try_from(limit).ok()) else {
+        return (wanted, wanted);
+    };
+    let (loopback, others) = shares(wanted, descriptors);
+    if others < wanted {
         tracing::warn!(
-            affordable,
+            local = loopback,
+            others,
             wanted,
             descriptors,
             "fewer connections than limits.connections: the limit of open files is low (LimitNOFILE)"
         );
     }
-    wanted.min(affordable)
+    (loopback, others)
+}
+
+/// What so many descriptors are for, half of them for the local Nix.
+fn shares(wanted: usize, descriptors: usize) -> (usize, usize) {
+    let affordable = descriptors.saturating_sub(RESERVED_DESCRIPTORS) / DESCRIPTORS;
+    let loopback = affordable.div_ceil(2).clamp(1, wanted.max(1));
+    (loopback, affordable.saturating_sub(loopback).clamp(1, wanted.max(1)))
 }
 
 impl Admitted {
-    /// Waits for a place to do what takes memory or a walk through a tree. `None`: none became free in time. The local
-    /// Nix has places of its own.
-    pub(super) async fn heavy_work(&self) -> Option<OwnedSemaphorePermit> {
-        let places = Arc::clone(&self.gate.class(self.address, self.is_allowed).heavy);
-        timeout(HEAVY_WAIT, places.acquire_owned()).await.ok()?.ok()
+    /// Waits for a place to walk through a tree. `None`: none became free in time. The local Nix has places of its own.
+    pub(super) async fn place_to_lay_out(&self) -> Option<OwnedSemaphorePermit> {
+        place(&self.class().layouts).await
+    }
+
+    /// The same to have a body in memory as a whole, for as long as a slow reader takes it.
+    pub(super) async fn place_in_memory(&self) -> Option<OwnedSemaphorePermit> {
+        place(&self.class().whole).await
+    }
+
+    fn class(&self) -> &Class {
+        self.gate.class(self.address, self.is_allowed)
     }
 
     /// Who may be asked for this client. A request that a peer sent is answered from local content alone: so no lookup
@@ -175,9 +196,13 @@ impl Admitted {
     }
 }
 
+async fn place(places: &Arc<Semaphore>) -> Option<OwnedSemaphorePermit> {
+    timeout(PLACE_WAIT, Arc::clone(places).acquire_owned()).await.ok()?.ok()
+}
+
 impl Drop for Admitted {
     fn drop(&mut self) {
-        self.gate.class(self.address, self.is_allowed).open.fetch_sub(1, Ordering::Relaxed);
+        self.class().open.fetch_sub(1, Ordering::Relaxed);
         if !self.address.is_loopback() {
             self.gate.addresses.remove_if_mut(&self.address, |_, open| {
                 *open -= 1;
@@ -211,6 +236,15 @@ mod tests {
         drop((open, local));
         assert!(gate.addresses.is_empty());
         assert_eq!(gate.others.open.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn all_connections_together_have_no_more_descriptors_than_there_are() {
+        for (descriptors, expected) in
+            [(0, (1, 1)), (1024, (64, 64)), (4096, (371, 371)), (8192, (781, 780)), (65_536, (1024, 1024))]
+        {
+            assert_eq!(shares(1024, descriptors), expected);
+        }
     }
 
     #[test]

@@ -189,15 +189,20 @@ impl Server {
 }
 
 async fn accept(listener: TcpListener, accepted: mpsc::Sender<(TcpStream, SocketAddr)>) {
+    let mut has_failed = false;
     loop {
         match listener.accept().await {
             Ok(connection) => {
+                has_failed = false;
                 if accepted.send(connection).await.is_err() {
                     return;
                 }
             }
             Err(error) => {
-                tracing::warn!(%error, "a connection can't be accepted");
+                // Once, however long it lasts.
+                if !std::mem::replace(&mut has_failed, true) {
+                    tracing::warn!(%error, "a connection can't be accepted, and none until that ends: is the limit of open files low (LimitNOFILE)?");
+                }
                 sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -213,7 +218,7 @@ async fn serve(
     mut stop: watch::Receiver<bool>,
 ) {
     let activity = Arc::new(Activity::new());
-    let socket = FileSocket::new(socket, client.files.clone(), metrics.http.clone());
+    let socket = FileSocket::new(socket, client.files.clone());
     let io = TokioIo::new(Watched::new(socket, Arc::clone(&activity)));
     let (client, noted) = (Arc::new(client), Arc::clone(&activity));
     let service = service_fn(move |request| {

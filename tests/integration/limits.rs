@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr, TcpStream};
 use std::process::Command;
 use std::time::Duration;
 
+use crate::narinfo::hash_part;
 use crate::support::daemon::{Daemon, PROGRAM};
 use crate::support::host::namespaces;
 use crate::support::http::get;
@@ -64,6 +65,23 @@ fn headers_that_take_too_long_and_connections_that_stand_still_are_cut() {
         }
     }
     assert!(total > 64 << 20);
+}
+
+#[test]
+fn logs_that_are_not_read_keep_nobody_from_nars() {
+    let store = Store::new();
+    let path = store.add_text("text", "text");
+    let log = store.root().join("nix/var/log/nix/drvs/00");
+    std::fs::create_dir_all(&log).unwrap();
+    std::fs::write(log.join(format!("{}-large.drv", "0".repeat(30))), vec![b'x'; 15 << 20]).unwrap();
+    let daemon = Daemon::serve(store.root(), "");
+    let mut logs: Vec<TcpStream> = (0..8).map(|_| connect(&daemon)).collect();
+    for log in &mut logs {
+        write!(log, "GET /log/{}-large.drv HTTP/1.1\r\nhost: x\r\n\r\n", "0".repeat(32)).unwrap();
+        // Its first bytes have come, and the rest waits.
+        log.read_exact(&mut [0; 15]).unwrap();
+    }
+    assert_eq!(get(&daemon.url(&format!("{}.nar", hash_part(&path)))).status, 200);
 }
 
 #[test]
