@@ -51,6 +51,7 @@ struct Pages {
     resolver: Resolver,
     metrics: Metrics,
     since: Instant,
+    has_loopback: bool,
 }
 
 impl App {
@@ -73,7 +74,12 @@ impl App {
             .route("/api/v1/status", get(api_status))
             .route("/api/v1/holdings", get(holdings))
             .route("/nix-cache/api/v1/holdings", get(holdings))
-            .with_state(Pages { resolver, metrics: metrics.clone(), since: Instant::now() });
+            .with_state(Pages {
+                resolver,
+                metrics: metrics.clone(),
+                since: Instant::now(),
+                has_loopback: options.loopback().is_some(),
+            });
         let complaints = RateLimiter::direct(Quota::per_second(COMPLAINTS));
         Self { files, pages, metrics, instance, requests: AtomicU64::new(0), complaints }
     }
@@ -172,10 +178,16 @@ async fn welcome(State(pages): State<Pages>, headers: HeaderMap) -> Response<Bod
     // The port that the reader has come to, whichever of ours that is.
     let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let port = host.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok()).unwrap_or(80);
+    let local = match pages.has_loopback {
+        true => format!(
+            "The local Nix asks it with this line in nix.conf:\n\
+             \n    extra-substituters = http://127.0.0.1:{port}/nix-cache\n\n"
+        ),
+        false => "The local Nix can't ask it: http.listen has no address on loopback.\n\n".to_owned(),
+    };
     let text = format!(
         "peernix {}: a binary cache for Nix made of the machines on this LAN.\n\
-         The local Nix asks it with this line in nix.conf:\n\
-         \n    extra-substituters = http://127.0.0.1:{port}/nix-cache\n\n\
+         {local}\
          What is built on this host is trusted where its key is:\n\
          \n    extra-trusted-public-keys = {}\n\n\
          /health  /metrics  /public-key  /nix-cache-info  /api/v1/status  /api/v1/peers\n",

@@ -7,7 +7,7 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::pin::Pin;
-use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -15,7 +15,7 @@ use rustix::net::{SendAncillaryBuffer, SendFlags, sendmsg};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
-use crate::metrics::HttpMetrics;
+use super::sent_nar::SentNar;
 use crate::resolve::FileSpan;
 
 /// Stands for parts of files. It is never touched, so that it takes addresses and no memory.
@@ -23,24 +23,38 @@ static STAND_IN: LazyLock<Bytes> = LazyLock::new(|| vec![0; FileSpan::LONGEST].i
 
 /// What is to be sent over one connection. Cheap to clone: all clones are one.
 #[derive(Clone, Debug, Default)]
-pub(super) struct FileQueue(Arc<Mutex<VecDeque<FileSpan>>>);
+pub(super) struct FileQueue(Arc<Mutex<Queue>>);
+
+type Queue = VecDeque<(FileSpan, Arc<SentNar>)>;
 
 impl FileQueue {
-    /// Takes a part of a file, and gives what stands for it. That has to be the next that is written to the connection.
-    pub(super) fn push(&self, span: FileSpan) -> Bytes {
+    /// Takes a part of a file of that NAR, and gives what stands for it. That has to be the next that is written to the connection.
+    pub(super) fn push(&self, span: FileSpan, nar: &Arc<SentNar>) -> Bytes {
         let stand_in = STAND_IN.slice(..span.len());
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push_back(span);
+        self.queue().push_back((span, Arc::clone(nar)));
         stand_in
     }
 
     fn send(&self, socket: &TcpStream, len: usize) -> io::Result<usize> {
-        let mut queue = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let span = queue.front_mut().ok_or_else(|| io::Error::other("there is no file to send"))?;
+        let mut queue = self.queue();
+        let (span, _) = queue.front_mut().ok_or_else(|| io::Error::other("there is no file to send"))?;
         let sent = span.send(socket, len)?;
         if span.is_empty() {
             queue.pop_front();
         }
         Ok(sent)
+    }
+
+    /// The NAR whose part comes next can't be sent on.
+    fn cut(&self, error: &io::Error) {
+        let cut = self.queue().pop_front();
+        if let Some((_, nar)) = cut {
+            nar.cut(error);
+        }
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -74,12 +88,11 @@ fn is_of_the_client(error: &io::Error) -> bool {
 pub(super) struct FileSocket {
     socket: TcpStream,
     files: FileQueue,
-    metrics: Arc<HttpMetrics>,
 }
 
 impl FileSocket {
-    pub(super) fn new(socket: TcpStream, files: FileQueue, metrics: Arc<HttpMetrics>) -> Self {
-        Self { socket, files, metrics }
+    pub(super) fn new(socket: TcpStream, files: FileQueue) -> Self {
+        Self { socket, files }
     }
 
     /// Sends what a file follows at once: with it, and not in a segment of its own that wakes up the client.
@@ -110,8 +123,7 @@ impl FileSocket {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if !is_of_the_client(&error) => {
-                    self.metrics.nar_cuts.inc();
-                    tracing::warn!(%error, "a NAR was cut short; the client was told by a closed connection");
+                    self.files.cut(&error);
                     return Poll::Ready(Err(error));
                 }
                 done => return Poll::Ready(done),

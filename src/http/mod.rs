@@ -17,6 +17,7 @@ mod options;
 mod packed;
 mod packer;
 mod range;
+mod sent_nar;
 mod server;
 
 pub use options::{Compression, Limits, Options};

@@ -10,6 +10,7 @@ use futures_util::Stream as _;
 use http_body::{Body, Frame, SizeHint};
 
 use super::file_socket::FileQueue;
+use super::sent_nar::SentNar;
 use crate::metrics::HttpMetrics;
 use crate::nix::StorePath;
 use crate::resolve::{NarReadError, NarStream};
@@ -17,10 +18,8 @@ use crate::resolve::{NarReadError, NarStream};
 #[derive(Debug)]
 pub(super) struct NarBody {
     stream: NarStream,
-    path: StorePath,
-    metrics: Arc<HttpMetrics>,
+    nar: Arc<SentNar>,
     files: FileQueue,
-    span: tracing::Span,
 }
 
 impl NarBody {
@@ -31,7 +30,8 @@ impl NarBody {
         metrics: Arc<HttpMetrics>,
         files: FileQueue,
     ) -> Self {
-        Self { stream, path, metrics, files, span: tracing::Span::current() }
+        let nar = Arc::new(SentNar::new(path, &stream, metrics));
+        Self { stream, nar, files }
     }
 }
 
@@ -44,15 +44,13 @@ impl Body for NarBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, NarReadError>>> {
         if let Some(span) = self.stream.span() {
-            return Poll::Ready(Some(Ok(Frame::data(self.files.push(span)))));
+            return Poll::Ready(Some(Ok(Frame::data(self.files.push(span, &self.nar)))));
         }
         match ready!(Pin::new(&mut self.stream).poll_next(context)) {
             None => Poll::Ready(None),
             Some(Ok(chunk)) => Poll::Ready(Some(Ok(Frame::data(chunk)))),
             Some(Err(error)) => {
-                self.metrics.nar_cuts.inc();
-                let _entered = self.span.enter();
-                tracing::warn!(store_path = %self.path, %error, "a NAR was cut short; the client was told by a closed connection");
+                self.nar.cut(&error);
                 Poll::Ready(Some(Err(error)))
             }
         }

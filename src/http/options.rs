@@ -100,10 +100,12 @@ impl Options {
     #[must_use]
     pub fn shuts_out_own_nix(&self) -> Option<String> {
         match self.loopback() {
-            None => Some(
-                "http.listen: has no address on loopback, so this host's own Nix can't ask: add 127.0.0.1:9999"
-                    .to_owned(),
-            ),
+            None => {
+                let port = self.listen.first().map_or(9999, SocketAddr::port);
+                Some(format!(
+                    "http.listen: has no address on loopback, so this host's own Nix can't ask: add 127.0.0.1:{port}"
+                ))
+            }
             Some(address) if !self.allow.iter().any(|network| network.contains(&address.ip())) => {
                 let network = IpNet::from(address.ip());
                 Some(format!("http.allow: does not have {network}, so this host's own Nix gets 403: add it"))

@@ -83,6 +83,12 @@ impl NarStream {
         Some(span)
     }
 
+    /// Forgets what is remembered of the path, as the stream itself does when it can't be read.
+    pub fn forgetter(&self) -> impl Fn() + Send + Sync + use<> {
+        let (store, hash) = (self.store.clone(), self.hash);
+        move || store.forget(&hash)
+    }
+
     /// What is still to come, from the tree.
     fn tree_chunks(&self) -> NarChunks {
         let reader = NarReader::new(self.real.clone(), Arc::clone(&self.layout), self.range.clone());
