@@ -1,4 +1,4 @@
-//! Buffers for chunks of NARs, read here or received from peers, and places to read ahead: one pool for all streams.
+//! Buffers for chunks of NARs, read here or received from peers, and places for them: one pool for all streams.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -12,22 +12,22 @@ pub(super) const CHUNK: usize = 256 * 1024;
 pub(super) const SHORT_CHUNK: usize = 64 * 1024;
 /// Buffers that are kept for the next chunk; fresh ones cost half as much again.
 const POOL: usize = 32;
-/// Chunks that all streams together may read, or have read and not given out, besides the one that each may have under way.
-/// Each takes a buffer, and while it is read a thread and two descriptors.
-const READ_AHEAD: usize = 32;
+/// Chunks that all streams together may read ahead, or have read, and not sent: a client that stops reading keeps its. While one is read
+/// it takes a thread and two descriptors.
+const PLACES: usize = 64;
 
 /// Buffers of two sizes that are used again. Cheap to clone: all clones are one.
 #[derive(Clone, Debug)]
 pub struct BufferPool {
     buffers: Arc<Mutex<Vec<Box<[u8]>>>>,
     short: Arc<Mutex<Vec<Box<[u8]>>>>,
-    ahead: Arc<Semaphore>,
+    places: Arc<Semaphore>,
 }
 
 impl Default for BufferPool {
     fn default() -> Self {
-        let ahead = Arc::new(Semaphore::new(READ_AHEAD));
-        Self { buffers: Arc::default(), short: Arc::default(), ahead }
+        let places = Arc::new(Semaphore::new(PLACES));
+        Self { buffers: Arc::default(), short: Arc::default(), places }
     }
 }
 
@@ -59,9 +59,14 @@ impl BufferPool {
         }
     }
 
-    /// The first `len` bytes of a buffer, which comes back to the pool when the last view of them is dropped.
-    pub(super) fn share(&self, buffer: Box<[u8]>, len: usize) -> Bytes {
-        Buffer { buffer, len, pool: self.clone() }.into_bytes()
+    /// Of [`CHUNK`] bytes if it has a place, else of [`SHORT_CHUNK`]: those who have none are too many for long ones.
+    pub(super) fn take_in(&self, place: Option<&OwnedSemaphorePermit>) -> Box<[u8]> {
+        if place.is_some() { self.take() } else { self.take_short() }
+    }
+
+    /// The first `len` bytes of a buffer, which comes back to the pool, and its place with it, when the last view of them is dropped.
+    pub(super) fn share(&self, buffer: Box<[u8]>, len: usize, place: Option<OwnedSemaphorePermit>) -> Bytes {
+        Buffer { buffer, len, pool: self.clone(), _place: place }.into_bytes()
     }
 
     /// An empty buffer for bytes that come piece by piece, `left` of them at most; a `long` one if there may be as many.
@@ -72,17 +77,17 @@ impl BufferPool {
             CHUNK.. if long => self.take(),
             _ => self.take_short(),
         };
-        Buffer { buffer, len: 0, pool: self.clone() }
+        Buffer { buffer, len: 0, pool: self.clone(), _place: None }
     }
 
-    /// A place to read one more chunk ahead, if there is one.
-    pub(super) fn place_ahead(&self) -> Option<OwnedSemaphorePermit> {
-        Arc::clone(&self.ahead).try_acquire_owned().ok()
+    /// A place for one more chunk, if there is one.
+    pub(super) fn place(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.places).try_acquire_owned().ok()
     }
 
     #[cfg(test)]
-    pub(super) fn places_ahead(&self) -> usize {
-        self.ahead.available_permits()
+    pub(super) fn places(&self) -> usize {
+        self.places.available_permits()
     }
 }
 
@@ -92,6 +97,7 @@ pub struct Buffer {
     buffer: Box<[u8]>,
     len: usize,
     pool: BufferPool,
+    _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Buffer {

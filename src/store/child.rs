@@ -41,6 +41,9 @@ pub enum ChildError {
         /// What the system says.
         source: std::io::Error,
     },
+    /// It ended before it said anything.
+    #[error("{0} ended before it said anything: is it nix-store? See store.nix_store")]
+    Silent(String),
     /// It ended, or closed its output.
     #[error("nix-store ended{}", quoted(.0))]
     Ended(String),
@@ -102,8 +105,11 @@ impl Child {
         let Self { stdin, stdout, buffer, store_dir, .. } = &mut child;
         let receive = item(stdout, buffer, store_dir, |reader| reader.hello());
         let done = exchange(options.query_timeout, stdin, &serve::hello(), receive).await;
-        child.explain(done).await?;
-        Ok(child)
+        match child.explain(done).await {
+            Ok(_) => Ok(child),
+            Err(ChildError::Ended(said)) if said.is_empty() => Err(ChildError::Silent(program)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Leases the paths, then asks what is known of them. Those that are not valid are not in the answer. Not to be

@@ -5,13 +5,11 @@
 //! them takes most of the time: then several chunks are read at once.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use rustix::io::Errno;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::task::{JoinHandle, spawn_blocking};
 
@@ -51,8 +49,6 @@ struct Filled {
     chunk: Result<Bytes, NarReadError>,
     /// Comes back with the file that it has open.
     rest: Option<Box<NarReader>>,
-    /// Held until the chunk is taken: one that waits for a slow reader takes its buffer as one that is being read does.
-    place: Option<OwnedSemaphorePermit>,
 }
 
 impl NarChunks {
@@ -78,21 +74,23 @@ impl NarChunks {
             return Poll::Ready(Some(cached));
         }
         if self.tasks.is_empty() {
-            self.start_one(None);
+            self.start_one(self.pool.place());
         }
         self.read_ahead();
         let Some(first) = self.tasks.front_mut() else { return Poll::Ready(None) };
         let done = ready!(Pin::new(first).poll(context));
         self.tasks.pop_front();
-        let Ok(Filled { chunk, rest, place }) = done else {
+        let Ok(Filled { chunk, rest }) = done else {
             return Poll::Ready(Some(Err(NarReadError::Stopped)));
         };
-        drop(place);
         self.rest = rest.or(self.rest.take());
         if chunk.is_ok() {
-            // The next ones are filled while this one is sent.
-            if self.tasks.is_empty() && !self.is_inside_file() {
-                self.start_one(None);
+            // The next ones are filled while this one is sent, where there are places.
+            if self.tasks.is_empty()
+                && !self.is_inside_file()
+                && let Some(place) = self.pool.place()
+            {
+                self.start_one(Some(place));
             }
             self.read_ahead();
         }
@@ -117,8 +115,9 @@ impl NarChunks {
         }
         let Some(rest) = &mut self.rest else { return Ok(None) };
         let is_inside_file = rest.is_inside_file(CHUNK as u64);
+        let place = is_inside_file.then(|| self.pool.place()).flatten();
         let mut buffer = if is_inside_file {
-            self.pool.take()
+            self.pool.take_in(place.as_ref())
         } else if (self.may_read && rest.is_quick(SHORT_CHUNK as u64))
             // Whatever was missing before: a file that the socket takes has to be opened here.
             || (self.takes_spans && rest.is_near_file(SHORTEST))
@@ -135,7 +134,7 @@ impl NarChunks {
             self.may_read = matches!(filled, Ok(1..));
         }
         match filled {
-            Ok(filled) if filled > 0 => Ok(Some(self.pool.share(buffer, filled))),
+            Ok(filled) if filled > 0 => Ok(Some(self.pool.share(buffer, filled, place))),
             nothing => {
                 self.pool.give_back(buffer);
                 nothing.map(|_| None)
@@ -148,7 +147,7 @@ impl NarChunks {
             if self.is_inside_file() {
                 return;
             }
-            let Some(place) = self.pool.place_ahead() else { return };
+            let Some(place) = self.pool.place() else { return };
             if !self.start_one(Some(place)) {
                 return;
             }
@@ -158,13 +157,13 @@ impl NarChunks {
     /// Starts to read the next chunk. False: there is none, or it is the next task's that comes back.
     fn start_one(&mut self, place: Option<OwnedSemaphorePermit>) -> bool {
         let Some(mut rest) = self.rest.take_if(|rest| rest.remaining() > 0) else { return false };
-        let len = rest.remaining().min(CHUNK as u64);
+        let chunk = if place.is_some() { CHUNK } else { SHORT_CHUNK } as u64;
+        let len = rest.remaining().min(chunk);
         let copy = self.copy.clone();
         if let Some(copy) = &mut self.copy {
             copy.at += len;
         }
         // A large file is read on by one reader, which keeps it open. The way to a range far behind is a task's too.
-        let chunk = CHUNK as u64;
         let reads_on = len < chunk || rest.to_skip() > chunk || rest.is_at_file(len);
         let mut part = if reads_on {
             rest
@@ -175,13 +174,13 @@ impl NarChunks {
         };
         let pool = self.pool.clone();
         self.tasks.push_back(spawn_blocking(move || {
-            let mut buffer = pool.take();
+            let mut buffer = pool.take_in(place.as_ref());
             let filled = part.fill(&mut buffer).and_then(|filled| {
                 copy.map_or(Ok(()), |copy| copy.write(&buffer[..filled]))?;
                 Ok(filled)
             });
-            let chunk = filled.map(|filled| pool.share(buffer, filled));
-            Filled { chunk, rest: reads_on.then_some(part), place }
+            let chunk = filled.map(|filled| pool.share(buffer, filled, place));
+            Filled { chunk, rest: reads_on.then_some(part) }
         }));
         true
     }
@@ -189,11 +188,7 @@ impl NarChunks {
 
 impl CopiedTo {
     fn write(&self, bytes: &[u8]) -> Result<(), NarReadError> {
-        let failed = |error: std::io::Error| NarReadError::Io {
-            path: PathBuf::from("the copy of the NAR"),
-            source: Errno::from_io_error(&error).unwrap_or(Errno::IO),
-        };
-        self.file.write_all_at(bytes, self.at).map_err(failed)
+        self.file.write_all_at(bytes, self.at).map_err(NarReadError::Copy)
     }
 }
 
@@ -202,6 +197,7 @@ mod tests {
     use std::future::poll_fn;
     use std::path::Path;
 
+    use super::super::file_span::tests::folder_on_disk;
     use super::super::tree::lay_out;
     use super::*;
 
@@ -217,7 +213,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_the_socket_takes_is_opened_here_whatever_was_missing_before() {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = folder_on_disk();
         let (mut chunks, len) = chunks_of(folder.path(), 3, 100_000, &BufferPool::default());
         let (mut spans, mut read) = (0, 0);
         while read < len {
@@ -233,21 +229,32 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_chunk_keeps_its_place_until_it_is_taken() {
+    async fn a_chunk_keeps_its_place_until_it_is_sent() {
         let folder = tempfile::tempdir().unwrap();
         let pool = BufferPool::default();
-        let free = pool.places_ahead();
+        let free = pool.places();
         let (mut chunks, len) = chunks_of(folder.path(), 4000, 500, &pool);
         let first = poll_fn(|context| chunks.poll_next(context)).await.unwrap().unwrap();
         assert!(!first.is_empty());
         while !chunks.tasks.iter().all(JoinHandle::is_finished) {
             tokio::task::yield_now().await;
         }
-        assert_eq!((chunks.tasks.len(), free - pool.places_ahead()), (AT_ONCE, AT_ONCE));
+        assert_eq!((chunks.tasks.len(), free - pool.places()), (AT_ONCE, AT_ONCE + 1));
         let mut read = first.len() as u64;
+        drop(first);
         while let Some(chunk) = poll_fn(|context| chunks.poll_next(context)).await {
             read += chunk.unwrap().len() as u64;
         }
-        assert_eq!((read, pool.places_ahead()), (len, free));
+        assert_eq!((read, pool.places()), (len, free));
+        // Without a place a chunk is short, and one at a time is read.
+        let _taken: Vec<_> = std::iter::from_fn(|| pool.place()).collect();
+        let (mut chunks, len) = chunks_of(folder.path(), 4000, 500, &pool);
+        let mut read = 0;
+        while let Some(chunk) = poll_fn(|context| chunks.poll_next(context)).await {
+            let chunk = chunk.unwrap();
+            assert!(chunk.len() <= SHORT_CHUNK && chunks.tasks.len() <= 1);
+            read += chunk.len() as u64;
+        }
+        assert_eq!(read, len);
     }
 }

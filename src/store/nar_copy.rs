@@ -14,14 +14,17 @@ use futures_util::stream::{self, BoxStream, StreamExt as _};
 use rustix::io::{Errno, ReadWriteFlags};
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
-use super::buffers::{BufferPool, CHUNK};
+use super::buffers::BufferPool;
 use super::copy_file::{CopyFile, Leave};
 use super::file_span::FileSpan;
 use super::nar_chunks::NarChunks;
 use super::nar_head::Head;
+use super::nar_read_error::NarReadError;
 
+/// Who follows a copy that has not grown for so long reads the tree: the disk that the copy is written to may stand still.
+const STALLED: Duration = Duration::from_secs(2);
 /// A copy that nobody has read for so long is not made to its end.
 const LEFT_ALONE: Duration = Duration::from_secs(5);
 
@@ -105,6 +108,9 @@ pub(super) enum Made {
     Whole,
     /// Nobody read it.
     LeftAlone,
+    /// Its path can't be read. That says nothing of other copies.
+    Unreadable,
+    /// It can't be written.
     Failed,
 }
 
@@ -132,9 +138,14 @@ impl Maker {
         while let Some(chunk) = poll_fn(|context| chunks.poll_next(context)).await {
             match chunk {
                 Ok(chunk) => ready += chunk.len() as u64,
-                Err(error) => {
+                Err(NarReadError::Copy(error)) => {
                     tracing::info!(%error, "a NAR can't be copied, and none is for a minute: is there room where state.directory lies?");
                     return Made::Failed;
+                }
+                // Whoever reads it from its tree says so where it matters.
+                Err(error) => {
+                    tracing::debug!(%error, "a NAR is not copied: its path can't be read");
+                    return Made::Unreadable;
                 }
             }
             self.progress.send_replace(Progress { file: Some(Arc::clone(&file)), ready });
@@ -184,7 +195,8 @@ impl CopyReader {
             if range.is_empty() {
                 return Ok(None);
             }
-            let there = progress.wait_for(|progress| progress.ready > range.start).await;
+            let there = progress.wait_for(|progress| progress.ready > range.start);
+            let there = timeout(STALLED, there).await.map_err(|_| Gone)?;
             let Progress { file, ready } = there.map_err(|_| Gone)?.clone();
             let file = file.ok_or(Gone)?;
             let chunk = read(&file, range.start..range.end.min(ready), &pool).await?;
@@ -203,18 +215,19 @@ impl Drop for CopyReader {
 
 /// Reads from the beginning of a range: here and now what is in memory, else by a blocking task.
 async fn read(file: &Arc<CopyFile>, range: Range<u64>, pool: &BufferPool) -> Result<Bytes, Gone> {
-    let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX).min(CHUNK);
-    let mut buffer = pool.take();
+    let place = pool.place();
+    let mut buffer = pool.take_in(place.as_ref());
+    let len = usize::try_from(range.end - range.start).unwrap_or(usize::MAX).min(buffer.len());
     let mut slices = [IoSliceMut::new(&mut buffer[..len])];
     match rustix::io::preadv2(&**file, &mut slices, range.start, ReadWriteFlags::NOWAIT) {
-        Ok(read) if read > 0 => return Ok(pool.share(buffer, read)),
+        Ok(read) if read > 0 => return Ok(pool.share(buffer, read, place)),
         Ok(_) => return Err(Gone),
         Err(Errno::AGAIN | Errno::OPNOTSUPP | Errno::INTR) => {}
         Err(_) => return Err(Gone),
     }
     let (file, pool) = (Arc::clone(file), pool.clone());
     let read = spawn_blocking(move || {
-        file.read_exact_at(&mut buffer[..len], range.start).map(|()| pool.share(buffer, len))
+        file.read_exact_at(&mut buffer[..len], range.start).map(|()| pool.share(buffer, len, place))
     });
     read.await.map_err(|_| Gone)?.map_err(|_| Gone)
 }
@@ -281,7 +294,7 @@ mod tests {
             read
         };
         let (read, made) = tokio::join!(read, made);
-        assert!(read < copy.len && made == Made::Failed && copy.has_failed());
+        assert!(read < copy.len && made == Made::Unreadable && copy.has_failed());
         // Those who follow, and the table of all copies, hold no file.
         assert!(reader.span(&(0..copy.len)).is_none());
         until_free(&taken).await;

@@ -22,6 +22,9 @@ pub enum NarReadError {
     /// The layout came to its end before the range did.
     #[error("{0}: the NAR is shorter than it was laid out")]
     Short(PathBuf),
+    /// The copy of the NAR can't be written. The NAR itself may be had.
+    #[error("{0}")]
+    Copy(std::io::Error),
     /// The runtime shuts down.
     #[error("reading was stopped")]
     Stopped,

@@ -338,6 +338,7 @@ fn clamp(bytes: u64) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::file_span::tests::folder_on_disk;
     use super::super::tree;
     use super::super::tree_error::TreeError;
     use super::*;
@@ -480,7 +481,7 @@ mod tests {
 
     #[test]
     fn few_files_that_make_many_bytes_are_quick_and_are_read_up_to_a_large_one() {
-        let folder = tempfile::tempdir().unwrap();
+        let folder = folder_on_disk();
         let root = folder.path().join("root");
         std::fs::create_dir(&root).unwrap();
         for number in 0..MOST_FILES {

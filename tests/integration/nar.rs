@@ -393,6 +393,7 @@ fn a_file_that_goes_missing_gets_short_or_changes_cuts_the_connection() {
         fs::write(store.real(&path).join("a"), vec![1; 64 << 20]).unwrap();
         fs::write(store.real(&path).join("z"), vec![2; 4096]).unwrap();
         register(&store, &path);
+        let url = nar_url(&daemon, &path);
         let (mut answer, len) = half_read(&daemon, &path);
         inflict(&store.real(&path));
         let mut got = Vec::new();
@@ -402,7 +403,25 @@ fn a_file_that_goes_missing_gets_short_or_changes_cuts_the_connection() {
         eventually("the cut is counted", || {
             (daemon.metric("peernix_http_nar_cuts_total") == (index + 1) as f64).then_some(())
         });
+        let said = daemon.logged("a NAR was cut short; the client was told by a closed connection");
+        assert_eq!(said.last().unwrap()["store_path"], *path, "{harm}");
+        // It is not promised again, unless it has the length that the database says.
+        assert_eq!(get(&url).status, if harm == "rewritten" { 200 } else { 404 }, "{harm}");
     }
+}
+
+#[test]
+fn a_path_that_cannot_be_copied_keeps_no_other_from_being() {
+    let store = Store::new();
+    let [bad, good] = [4, 5].map(|number| many_small_files(&store, number));
+    let daemon = Daemon::serve(store.root(), "");
+    let url = nar_url(&daemon, &bad);
+    // Laid out, and not copied.
+    assert_eq!(get_with(&url, &[("Range", "bytes=0-99")]).status, 206);
+    fs::write(store.real(&bad).join("d9/f99"), "another").unwrap();
+    let _ = get(&url).reader().read_to_end(&mut Vec::new());
+    assert!(get(&nar_url(&daemon, &good)).bytes() == dump(&store, &good));
+    assert_eq!(daemon.metric("peernix_nar_copies_bytes"), dump(&store, &good).len() as f64);
 }
 
 #[test]
