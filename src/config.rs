@@ -188,6 +188,20 @@ impl Config {
         }
         Ok(())
     }
+
+    /// Why `discovery.targets` are told nothing, as `key: why`. `None`: they are told, or there are none.
+    #[must_use]
+    pub fn tells_no_targets(&self) -> Option<String> {
+        let why = match &self.discovery {
+            discovery if discovery.targets.is_empty() => return None,
+            discovery if !discovery.enable => "discovery.enable is false",
+            _ if self.http.listen.iter().all(|address| address.ip().is_loopback()) => {
+                "http.listen has no address that they could reach"
+            }
+            _ => return None,
+        };
+        Some(format!("discovery.targets: these hosts are told nothing, since {why}: name each as a [[peer]]"))
+    }
 }
 
 /// The line of a place in the text, counted from 1.
@@ -387,6 +401,22 @@ mod tests {
         );
         for text in ["[http", "a = ", "[limits]\nheader_size = \"x\"", "[http]\nallow = [\"10.0.0.0/99\"]"] {
             assert!(!complaint(text).contains('\n'), "{text}");
+        }
+    }
+
+    #[test]
+    fn targets_that_are_told_nothing_are_warned_of() {
+        let targets = "[discovery]\ntargets = [\"10.0.0.2:9999\"]\n";
+        let local = "[http]\nlisten = [\"127.0.0.1:9999\"]\n";
+        for (text, told) in [
+            (targets.to_owned(), None),
+            (local.to_owned(), None),
+            (format!("{targets}enable = false\n"), Some("discovery.enable is false")),
+            (format!("{targets}{local}"), Some("http.listen has no address")),
+        ] {
+            let why = Config::parse(&text, Path::new("peernix.toml")).unwrap().tells_no_targets();
+            assert_eq!(why.is_some(), told.is_some(), "{text}");
+            assert!(why.unwrap_or_default().contains(told.unwrap_or_default()), "{text}");
         }
     }
 

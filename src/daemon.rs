@@ -89,7 +89,7 @@ impl Daemon {
             let file = file.display();
             tracing::warn!(%file, "every user of this machine may read this secret key: chmod 600 it");
         }
-        if let Some(why) = config.http.shuts_out_own_nix() {
+        for why in config.http.shuts_out_own_nix().into_iter().chain(config.tells_no_targets()) {
             tracing::warn!("{why}");
         }
         let listeners = Listeners::bind(&config.http.listen).await?;

@@ -217,6 +217,7 @@ fn check_config(common: &Common) -> anyhow::Result<()> {
         warnings.push(format!("{error}; {NOTHING_SERVED}"));
     }
     warnings.extend(config.http.shuts_out_own_nix());
+    warnings.extend(config.tells_no_targets());
     for file in config.signing.open_to_all() {
         warnings.push(format!("every user of this machine may read {}: chmod 600 it", file.display()));
     }

@@ -133,6 +133,11 @@ fn told(url: &str, error: &reqwest::Error) -> anyhow::Error {
             "the daemon at {url} does not answer this host: its http.allow does not have the address"
         );
     }
+    if error.status() == Some(reqwest::StatusCode::TOO_MANY_REQUESTS) {
+        return anyhow!(
+            "the daemon at {url} has had too many requests from this host (its limits.requests_per_second): ask again in some seconds"
+        );
+    }
     if let Some(status) = error.status() {
         return anyhow!("what answers at {url} says {status}, as peernix would not: name another with --url");
     }
