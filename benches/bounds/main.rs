@@ -37,7 +37,7 @@ const PATHS: usize = 100_000;
 const STARTS: usize = 31;
 const IDLE: usize = 1000;
 const SLOW: usize = 100;
-/// More than there are places to read ahead.
+/// Enough to take all places for long chunks, which all clients share.
 const FIRST: usize = 40;
 /// Rounds of what asks for whole NARs.
 const ROUNDS: usize = 3;

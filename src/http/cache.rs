@@ -207,7 +207,7 @@ impl CacheFiles {
         let body = if method == Method::HEAD {
             Body::empty()
         } else {
-            // Only until the tree is laid out: a slow reader of a NAR holds a buffer, and no place.
+            // Only until the tree is laid out: a slow reader of a NAR keeps nobody from that.
             let place = client.place_to_lay_out().await.ok_or(Refused::Busy)?;
             let stream = nar.stream(range.clone()).await?;
             drop(place);

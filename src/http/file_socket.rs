@@ -48,8 +48,9 @@ impl FileQueue {
     /// The NAR whose part comes next can't be sent on.
     fn cut(&self, error: &io::Error) {
         let cut = self.queue().pop_front();
-        if let Some((_, nar)) = cut {
-            nar.cut(error);
+        match cut {
+            Some((_, nar)) => nar.cut(error),
+            None => tracing::error!(%error, "a NAR was cut short, and nobody knows which"),
         }
     }
 

@@ -32,7 +32,7 @@ const PLACE_WAIT: Duration = Duration::from_secs(5);
 const STRANGERS: usize = 32;
 /// Descriptors of one connection at most: its socket, the directory that it reads, two files that the kernel sends, and the next.
 const DESCRIPTORS: usize = 5;
-/// Descriptors that are kept for listeners, logs, nix-store, the local Nix, copies of NARs, laying out (nine each) and reading ahead.
+/// Descriptors that are kept for listeners, logs, nix-store, copies of NARs, laying out (nine each) and chunks that are being read.
 const RESERVED_DESCRIPTORS: usize = 384;
 
 /// Decides who may come in. One for all listeners.
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn all_connections_together_have_no_more_descriptors_than_there_are() {
+    fn all_connections_together_have_the_descriptors_that_are_left_and_each_side_one_at_least() {
         for (descriptors, expected) in
             [(0, (1, 1)), (1024, (64, 64)), (4096, (371, 371)), (8192, (781, 780)), (65_536, (1024, 1024))]
         {

@@ -119,7 +119,7 @@ impl Options {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Limits {
-    /// Connections that may be open. Loopback has as many of its own, so that no LAN can crowd out the local Nix. 1 to
+    /// Connections that may be open. Loopback has as many of its own, so that no LAN can crowd out the local Nix; where there are not descriptors for all, each side has half. 1 to
     /// 1,000,000; default 1,024.
     pub connections: usize,
     /// Connections from one address; loopback exempt. 1 to 1,000,000; default 128 (Nix opens 25).

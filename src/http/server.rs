@@ -199,14 +199,23 @@ async fn accept(listener: TcpListener, accepted: mpsc::Sender<(TcpStream, Socket
                 }
             }
             Err(error) => {
-                // Once, however long it lasts.
-                if !std::mem::replace(&mut has_failed, true) {
-                    tracing::warn!(%error, "a connection can't be accepted, and none until that ends: is the limit of open files low (LimitNOFILE)?");
+                if !wants_for_something(&error) {
+                    tracing::debug!(%error, "a connection can't be accepted");
+                } else if !std::mem::replace(&mut has_failed, true) {
+                    // Once, however long it lasts.
+                    tracing::warn!(%error, "no connection can be accepted: is the limit of open files low (LimitNOFILE)?");
                 }
                 sleep(ACCEPT_PAUSE).await;
             }
         }
     }
+}
+
+/// Whether the system has not enough of something for any connection; other errors are of one.
+fn wants_for_something(error: &std::io::Error) -> bool {
+    use rustix::io::Errno;
+    let wants = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    Errno::from_io_error(error).is_some_and(|errno| wants.contains(&errno))
 }
 
 async fn serve(

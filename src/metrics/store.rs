@@ -9,7 +9,7 @@ use prometheus_client::registry::Registry;
 pub struct StoreMetrics {
     /// Paths that `nix-store` was asked about.
     pub queries: Counter,
-    /// Temporary garbage-collector roots that are held now.
+    /// Valid paths that are kept from garbage collection now.
     pub leases: Gauge,
     /// Leases that could not be had, or were lost because the process that held them died.
     pub lease_failures: Counter,
@@ -28,7 +28,7 @@ pub struct StoreMetrics {
 pub(super) fn register(registry: &mut Registry, store: &StoreMetrics) {
     let help = "Paths that nix-store was asked about";
     registry.register("store_queries", help, store.queries.clone());
-    let help = "Temporary garbage-collector roots that are held";
+    let help = "Valid paths that are kept from garbage collection";
     registry.register("store_leases", help, store.leases.clone());
     let help = "Leases that could not be had or were lost";
     registry.register("lease_failures", help, store.lease_failures.clone());

@@ -85,6 +85,11 @@ impl BufferPool {
         Arc::clone(&self.places).try_acquire_owned().ok()
     }
 
+    /// A place for what a stream reads besides its next chunk: a few streams shall not take them all.
+    pub(super) fn spare_place(&self) -> Option<OwnedSemaphorePermit> {
+        self.place().filter(|_| self.places.available_permits() >= PLACES / 2)
+    }
+
     #[cfg(test)]
     pub(super) fn places(&self) -> usize {
         self.places.available_permits()

@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::path::Path;
 
-use rustix::fs::{Mode, Stat};
+use rustix::fs::{FileType, Mode, Stat};
 
 use crate::nix::{StorePath, StorePathHash};
 
@@ -22,9 +22,13 @@ pub(super) fn is_lock(path: &StorePath) -> bool {
     path.name().ends_with(".lock")
 }
 
-/// Whether what lies there is the lock of a path, and not a path that is named so: Nix writes locks, and nothing in a store can be
+/// Whether what lies there is the lock of a path, and not a path that is named so: Nix writes locks, and no file of a path can be
 /// written.
 pub(super) fn is_lock_file(path: &StorePath, real: &Path) -> bool {
-    let may_be_written = |stat: Stat| Mode::from_raw_mode(stat.st_mode).intersects(Mode::WUSR);
-    is_lock(path) && rustix::fs::lstat(real).is_ok_and(may_be_written)
+    // Links have all permissions, and one that is gone was a lock.
+    let may_be_written = |stat: Stat| {
+        let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
+        is_file && Mode::from_raw_mode(stat.st_mode).intersects(Mode::WUSR)
+    };
+    is_lock(path) && rustix::fs::lstat(real).map_or(true, may_be_written)
 }

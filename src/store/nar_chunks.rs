@@ -147,7 +147,7 @@ impl NarChunks {
             if self.is_inside_file() {
                 return;
             }
-            let Some(place) = self.pool.place() else { return };
+            let Some(place) = self.pool.spare_place() else { return };
             if !self.start_one(Some(place)) {
                 return;
             }

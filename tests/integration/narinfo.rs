@@ -218,3 +218,16 @@ fn a_lock_or_a_half_built_path_is_no_path() {
     assert_eq!(answer.status, 200);
     assert_eq!(field(&answer.text(), "StorePath"), Some(path));
 }
+
+#[test]
+fn what_is_only_named_like_a_lock_is_a_path() {
+    let store = Store::new();
+    let file = store.add_text("flake.lock", "{}");
+    let link = store.root().join("poetry.lock");
+    std::os::unix::fs::symlink("elsewhere", &link).unwrap();
+    let link = store.add(&link);
+    let daemon = Daemon::serve(store.root(), "");
+    for path in [file, link] {
+        assert_eq!(field(&narinfo(&daemon, &path), "StorePath"), Some(path));
+    }
+}
