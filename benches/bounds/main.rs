@@ -37,8 +37,6 @@ const PATHS: usize = 100_000;
 const STARTS: usize = 31;
 const IDLE: usize = 1000;
 const SLOW: usize = 100;
-/// Enough to take all places for long chunks, which all clients share.
-const FIRST: usize = 40;
 /// Rounds of what asks for whole NARs.
 const ROUNDS: usize = 3;
 /// A NAR's chunk as the store reads it, `CHUNK` in src/store/buffers.rs.
@@ -201,6 +199,7 @@ fn slow(folder: &Path, table: &mut Table, connection: f64) {
         ("20,000 files of 6,000 bytes", &short),
     ] {
         let daemon = Served::start(folder, "slow", &store, None);
+        // The first one finds what no other has to.
         let read = |clients: &mut Vec<connection::Client>| {
             let mut client = daemon.connect();
             let nar = nar_of(&mut client, path);
@@ -208,8 +207,7 @@ fn slow(folder: &Path, table: &mut Table, connection: f64) {
             clients.push(client);
         };
         let mut clients = Vec::new();
-        // The first one finds what no other has to, and some take the places to read ahead that all share.
-        (0..FIRST).for_each(|_| read(&mut clients));
+        read(&mut clients);
         std::thread::sleep(SETTLE);
         let (before, open_before) = (daemon.kib("VmRSS"), daemon.descriptors());
         (0..SLOW).for_each(|_| read(&mut clients));

@@ -2,8 +2,9 @@
 //!
 //! Both on loopback and from a warm cache, in turn, in every round; a ratio is the median of the rounds' own. Narinfos by wrk,
 //! NARs by a client that throws them away, `nix copy` into a fresh store. NARs are read once before they are measured: some machines
-//! take back what nobody has read for half a minute. What many small files cost the kernel alone is measured beside. nginx has a worker for each core and sendfile. Needs nix-bin, nginx-light and wrk, and 6 GB in the temporary folder,
-//! which had better be no tmpfs: that can't say what is in memory, and no store lies on one.
+//! take back what nobody has read for half a minute. What many small files cost the kernel alone is measured beside. nginx has a
+//! worker for each core and sendfile. Needs nix-bin, nginx-light and wrk, and 6 GB in the temporary folder, which had better be no
+//! tmpfs: that can't say what is in memory, and no store lies on one.
 //!
 //! `-- --rounds N` for other than five; `-- --only hits,misses,latency,large,middling,files,copy` for some of the rows.
 

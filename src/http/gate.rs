@@ -33,7 +33,7 @@ const STRANGERS: usize = 32;
 /// Descriptors of one connection at most: its socket, the directory that it reads, two files that the kernel sends, and the next.
 const DESCRIPTORS: usize = 5;
 /// Descriptors that are kept for listeners, logs, nix-store, copies of NARs, laying out (nine each) and chunks that are being read.
-const RESERVED_DESCRIPTORS: usize = 384;
+const RESERVED_DESCRIPTORS: usize = 320;
 
 /// Decides who may come in. One for all listeners.
 #[derive(Debug)]
@@ -241,7 +241,7 @@ mod tests {
     #[test]
     fn all_connections_together_have_the_descriptors_that_are_left_and_each_side_one_at_least() {
         for (descriptors, expected) in
-            [(0, (1, 1)), (1024, (64, 64)), (4096, (371, 371)), (8192, (781, 780)), (65_536, (1024, 1024))]
+            [(0, (1, 1)), (1024, (70, 70)), (4096, (378, 377)), (8192, (787, 787)), (65_536, (1024, 1024))]
         {
             assert_eq!(shares(1024, descriptors), expected);
         }

@@ -14,7 +14,7 @@ pub(super) const SHORT_CHUNK: usize = 64 * 1024;
 const POOL: usize = 32;
 /// Chunks that all streams together may read ahead, or have read, and not sent: a client that stops reading keeps its. While one is read
 /// it takes a thread and two descriptors.
-const PLACES: usize = 64;
+const PLACES: usize = 16;
 
 /// Buffers of two sizes that are used again. Cheap to clone: all clones are one.
 #[derive(Clone, Debug)]

@@ -98,7 +98,7 @@ impl Daemon {
     /// Its `nix-store` processes.
     pub fn children(&self) -> Vec<u32> {
         let mut found = Vec::new();
-        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid())).into_iter().flatten().flatten() {
+        for task in std::fs::read_dir(format!("/proc/{}/task", self.pid())).unwrap().flatten() {
             let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
             found.extend(
                 children
@@ -140,7 +140,8 @@ fn serves(pid: u32) -> bool {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
-        let children = self.children();
+        let has_ended = !matches!(self.process.try_wait(), Ok(None));
+        let children = if has_ended { Vec::new() } else { self.children() };
         let _ = self.process.kill();
         let _ = self.process.wait();
         // They end by themselves, and one that has just been started would make the folder of its store again.
