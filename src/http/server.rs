@@ -1,4 +1,4 @@
-//! Listeners and connections: bound, accepted, watched, drained.
+//! Connections: taken in, watched, drained.
 //!
 //! Each connection is a task that belongs to the server; none outlives its shutdown.
 
@@ -9,100 +9,25 @@ use std::time::Duration;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use thiserror::Error;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, watch};
+use tokio::net::TcpStream;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
+use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::activity::{Activity, Watched};
 use super::app::App;
 use super::compressors::Compressors;
 use super::file_socket::FileSocket;
 use super::gate::{Admitted, Gate};
+use super::listeners::Listeners;
 use super::{Limits, Options};
 use crate::metrics::Metrics;
 use crate::resolve::Resolver;
 
-/// How long accepting pauses when the system gives no more descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const TIDY_PERIOD: Duration = Duration::from_secs(60);
 /// How much of an answer may wait for the socket before more of it is asked for, in bytes: half of a NAR's chunk. With less,
 /// the next chunk comes too late for a client that reads.
 const BUFFERED: usize = 128 * 1024;
-
-/// An address can't be listened on.
-#[derive(Debug, Error)]
-#[error("{address} can't be listened on: {}", explain(.source))]
-pub struct BindError {
-    /// Which.
-    pub address: SocketAddr,
-    /// What the system says.
-    pub source: std::io::Error,
-}
-
-fn explain(error: &std::io::Error) -> String {
-    let hint = match error.kind() {
-        std::io::ErrorKind::AddrInUse => {
-            "; another program has the port: end it, or choose another with --listen or http.listen"
-        }
-        std::io::ErrorKind::AddrNotAvailable => "; no interface has this address: see http.listen",
-        std::io::ErrorKind::PermissionDenied => "; ports below 1024 are for root: see http.listen",
-        _ => "",
-    };
-    format!("{error}{hint}")
-}
-
-/// Sockets that are bound, and wait.
-#[derive(Debug)]
-pub struct Listeners(Vec<TcpListener>);
-
-impl Listeners {
-    /// Binds the addresses. One that fails is told in the log as long as another one works.
-    pub async fn bind(addresses: &[SocketAddr]) -> Result<Self, BindError> {
-        let (mut bound, mut failed) = (Vec::new(), None);
-        for &address in addresses {
-            match bind_one(address).await {
-                Ok(listener) => bound.push(listener),
-                Err(source) => {
-                    let error = BindError { address, source };
-                    if let Some(earlier) = failed.replace(error) {
-                        tracing::error!("{earlier}");
-                    }
-                }
-            }
-        }
-        match failed {
-            Some(error) if bound.is_empty() => Err(error),
-            Some(error) => {
-                tracing::error!("{error}");
-                Ok(Self(bound))
-            }
-            None => Ok(Self(bound)),
-        }
-    }
-
-    /// The addresses, with the ports that the system chose where 0 was asked for.
-    #[must_use]
-    pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.0.iter().filter_map(|listener| listener.local_addr().ok()).collect()
-    }
-}
-
-async fn bind_one(address: SocketAddr) -> std::io::Result<TcpListener> {
-    match TcpListener::bind(address).await {
-        // A kernel without IPv6: all addresses are then all IPv4 addresses.
-        Err(error) if address.ip() == std::net::Ipv6Addr::UNSPECIFIED && is_no_ipv6(&error) => {
-            TcpListener::bind(SocketAddr::from(([0u8; 4], address.port()))).await
-        }
-        done => done,
-    }
-}
-
-fn is_no_ipv6(error: &std::io::Error) -> bool {
-    let code = rustix::io::Errno::from_io_error(error);
-    matches!(code, Some(rustix::io::Errno::AFNOSUPPORT | rustix::io::Errno::ADDRNOTAVAIL))
-}
 
 /// What serves; runs until it is shut down.
 #[derive(Debug)]
@@ -130,12 +55,7 @@ impl Server {
 
     /// Serves until `stop` turns true, then lets answers in flight come to their end within `http.drain_time`.
     pub async fn run(self, listeners: Listeners, stop: watch::Receiver<bool>) {
-        let (accepted, mut incoming) = mpsc::channel(16);
-        let mut acceptors = JoinSet::new();
-        for listener in listeners.0 {
-            acceptors.spawn(accept(listener, accepted.clone()));
-        }
-        drop(accepted);
+        let (mut acceptors, mut incoming) = listeners.accept();
         let mut connections = JoinSet::new();
         let mut tidy = interval(TIDY_PERIOD);
         tidy.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -186,36 +106,6 @@ impl Server {
             metrics.http.connections.dec();
         })
     }
-}
-
-async fn accept(listener: TcpListener, accepted: mpsc::Sender<(TcpStream, SocketAddr)>) {
-    let mut has_failed = false;
-    loop {
-        match listener.accept().await {
-            Ok(connection) => {
-                has_failed = false;
-                if accepted.send(connection).await.is_err() {
-                    return;
-                }
-            }
-            Err(error) => {
-                if !wants_for_something(&error) {
-                    tracing::debug!(%error, "a connection can't be accepted");
-                } else if !std::mem::replace(&mut has_failed, true) {
-                    // Once, however long it lasts.
-                    tracing::warn!(%error, "no connection can be accepted: is the limit of open files low (LimitNOFILE)?");
-                }
-                sleep(ACCEPT_PAUSE).await;
-            }
-        }
-    }
-}
-
-/// Whether the system has not enough of something for any connection; other errors are of one.
-fn wants_for_something(error: &std::io::Error) -> bool {
-    use rustix::io::Errno;
-    let wants = [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
-    Errno::from_io_error(error).is_some_and(|errno| wants.contains(&errno))
 }
 
 async fn serve(

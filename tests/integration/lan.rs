@@ -306,3 +306,32 @@ fn a_host_that_others_cannot_reach_finds_them_and_is_not_announced() {
         (metric(&one, "peernix_untrusted_narinfos_total") > 0.0).then_some(())
     });
 }
+
+/// What the kernel goes by in sending to this client from port 9999 of the host.
+fn congestion_control(host: &Host, client: &str) -> Option<String> {
+    let told =
+        crate::support::text(host.command("ss").args(["-Htin", "sport", "=", ":9999", "and", "dst", client]));
+    // A line of addresses, and a line of what is known of the connection.
+    let words: Vec<String> = told.lines().nth(1)?.split_whitespace().map(str::to_owned).collect();
+    words.into_iter().find(|word| ["reno", "cubic", "bbr"].contains(&&**word))
+}
+
+#[test]
+fn loopback_is_not_paced_and_other_hosts_are_sent_to_as_the_system_wants() {
+    let lan = Lan::new();
+    let (one, two) = (lan.host(1, ""), lan.host(2, ""));
+    let usual = crate::support::text(one.command("sysctl").args(["-n", "net.ipv4.tcp_congestion_control"]));
+    assert_ne!(usual.trim(), "reno", "this kernel paces nothing: choose another congestion control for it");
+    let _daemon = daemon(&one, "");
+    let connect = |host: &Host, address: &str| {
+        let script = format!("exec 3<>/dev/tcp/{address}/9999 && exec sleep infinity");
+        host.command("bash").args(["-c", &script]).spawn().unwrap()
+    };
+    let mut clients = [connect(&one, "127.0.0.1"), connect(&two, "10.77.0.1")];
+    let chosen = |client: &str| eventually("a connection", || congestion_control(&one, client));
+    assert_eq!((&*chosen("127.0.0.1"), &*chosen("10.77.0.2")), ("reno", usual.trim()));
+    for client in &mut clients {
+        let _ = client.kill();
+        let _ = client.wait();
+    }
+}
