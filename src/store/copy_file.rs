@@ -1,11 +1,14 @@
 //! The file of a copy of a NAR, and what it takes to write one.
 
 use std::fs::File;
+use std::io::IoSlice;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
 use prometheus_client::metrics::gauge::Gauge;
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::leases::Lease;
@@ -56,8 +59,19 @@ pub(super) struct CopyFile {
 impl CopyFile {
     /// Makes one in that folder. Blocking. Why there is none is said here.
     pub(super) fn make(folder: &Path, room: Room) -> Option<Self> {
-        match tempfile::tempfile_in(folder) {
+        let file = tempfile::tempfile_in(folder).and_then(|file| {
+            // Writing takes a third less where the disk has set all of it aside; not every file system can.
+            match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, room.bytes.unsigned_abs()) {
+                Err(Errno::NOSPC) => Err(Errno::NOSPC.into()),
+                _ => Ok(file),
+            }
+        });
+        match file {
             Ok(file) => Some(Self { file, _room: room }),
+            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+                Self::say_why_not(&error);
+                None
+            }
             Err(error) => {
                 tracing::warn!(directory = %folder.display(), %error, "no file for the copy of a NAR can be made, and none is copied for a minute: make the state folder writable, or set limits.nar_copies = \"0 B\"");
                 None
@@ -65,8 +79,18 @@ impl CopyFile {
         }
     }
 
+    /// Says why one can't be written.
+    pub(super) fn say_why_not(error: &std::io::Error) {
+        tracing::info!(%error, "a NAR can't be copied, and none is for a minute: is there room where state.directory lies?");
+    }
+
     pub(super) fn read_exact_at(&self, buffer: &mut [u8], at: u64) -> std::io::Result<()> {
         self.file.read_exact_at(buffer, at)
+    }
+
+    /// How much of the slices was written: what follows each other in them does so in the file.
+    pub(super) fn write_at(&self, slices: &[IoSlice<'_>], at: u64) -> std::io::Result<usize> {
+        Ok(rustix::io::retry_on_intr(|| rustix::io::pwritev(&self.file, slices, at))?)
     }
 
     pub(super) fn write_all_at(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {

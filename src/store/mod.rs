@@ -61,6 +61,7 @@ use self::known::{KnownPaths, Stamp};
 use self::leases::Leases;
 use self::name::is_lock_file;
 use self::names::Names;
+use self::nar_head::NarHead;
 use self::remembered_names::RememberedNames;
 use crate::metrics::StoreMetrics;
 use crate::nix::layout::NarLayout;
@@ -308,7 +309,7 @@ impl Store {
                 let asked_by = Arc::downgrade(&asked);
                 let lay_out = move || {
                     let layout = tree::lay_out(&real, head.as_mut(), || asked_by.strong_count() > 0)?;
-                    Ok((layout, head))
+                    Ok((layout, head.and_then(NarHead::end)))
                 };
                 let laid = spawn_blocking(lay_out).await.map_err(|_| StoreError::Closed)?;
                 laid.map_err(StoreError::Tree)?

@@ -22,7 +22,7 @@ use super::known::{KnownPath, Stamp};
 use super::leases::LeaseMark;
 use super::nar_chunks::NarChunks;
 use super::nar_copy::{CopyReader, Made, NarCopy, Start};
-use super::nar_head::{NarHead, are_small};
+use super::nar_head::{Head, NarHead, are_small};
 use super::nar_reader::NarReader;
 use crate::metrics::StoreMetrics;
 use crate::nix::StorePathHash;
@@ -165,9 +165,8 @@ impl NarCopies {
     }
 
     /// Makes a copy of a head, now that the path is laid out, if it is worth it and nobody else has begun one.
-    pub(super) fn go_on(&self, known: &KnownPath, layout: &Arc<NarLayout>, head: NarHead, pool: &BufferPool) {
-        let inner = self.0.as_ref().filter(|inner| inner.is_worth_it(layout));
-        let (Some(inner), Some(head)) = (inner, head.end()) else { return };
+    pub(super) fn go_on(&self, known: &KnownPath, layout: &Arc<NarLayout>, head: Head, pool: &BufferPool) {
+        let Some(inner) = self.0.as_ref().filter(|inner| inner.is_worth_it(layout)) else { return };
         let mut table = inner.table();
         if table.of(known).is_none() {
             inner.make(known, layout, pool, Start::Head(head), &mut table);
@@ -356,12 +355,13 @@ mod tests {
         let known = bench.path(1, 900, 0);
         let (layout, head) = bench.laid_out(&known);
         let (_, other) = bench.laid_out(&known);
+        let end = |head: Option<NarHead>| head.and_then(NarHead::end).unwrap();
         assert_eq!(bench.copied(), (0, 2 * layout.len() as i64));
-        bench.copies.go_on(&known, &layout, head.unwrap(), &bench.pool);
+        bench.copies.go_on(&known, &layout, end(head), &bench.pool);
         let copy = |table: &mut Table| Arc::clone(&table.of(&known).unwrap().copy);
         let first = copy(&mut bench.copies.0.as_ref().unwrap().table());
         assert!(first.reaches(1));
-        bench.copies.go_on(&known, &layout, other.unwrap(), &bench.pool);
+        bench.copies.go_on(&known, &layout, end(other), &bench.pool);
         assert!(Arc::ptr_eq(&first, &copy(&mut bench.copies.0.as_ref().unwrap().table())));
         let reader = bench.copies.of(&known, &layout, &(0..layout.len()), &bench.pool);
         assert!(reader.is_some() && bench.copies.head(&known).is_none());
@@ -384,7 +384,7 @@ mod tests {
         assert_eq!(there, 4);
         let large = bench.path(6, 100, 9_000_000);
         let (layout, head) = bench.laid_out(&large);
-        let head = head.unwrap();
+        let head = head.and_then(NarHead::end).unwrap();
         assert_eq!(bench.metrics.nar_copies_bytes.get(), bytes + large.info.nar_size as i64);
         bench.copies.go_on(&large, &layout, head, &bench.pool);
         assert_eq!(bench.copied(), (there, bytes));

@@ -139,7 +139,7 @@ impl Maker {
             match chunk {
                 Ok(chunk) => ready += chunk.len() as u64,
                 Err(NarReadError::Copy(error)) => {
-                    tracing::info!(%error, "a NAR can't be copied, and none is for a minute: is there room where state.directory lies?");
+                    CopyFile::say_why_not(&error);
                     return Made::Failed;
                 }
                 // Whoever reads it from its tree says so where it matters.

@@ -3,6 +3,8 @@
 //! It may end anywhere: where a long file comes, where the disk is slow, or where the files turn out not to be small. Whoever
 //! makes the copy goes on behind it. Nobody sees it before the length of the whole NAR has proven right.
 
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,6 +14,10 @@ use super::copy_file::{CopyFile, Leave};
 const SMALL: u64 = 16 * 1024;
 /// Nothing of a NAR is sent before it is laid out, so that may take no longer because the files are read.
 const PATIENCE: Duration = Duration::from_millis(250);
+
+/// So many bytes are written at once, at a multiple of as many: the kernel keeps them in larger pieces then, which are faster to write and to
+/// send than those of parts as they come.
+const RUN: u64 = 256 * 1024;
 
 /// Whether so many bytes of a NAR are those of small files.
 pub(super) fn are_small(bytes: u64, entries: u64) -> bool {
@@ -34,6 +40,7 @@ pub(super) struct NarHead {
     /// As long as there is no file.
     make: Option<MakeFile>,
     written: Option<Head>,
+    waiting: Waiting,
     entries: u64,
     /// NarSize: there is room for so many bytes.
     most: u64,
@@ -44,7 +51,14 @@ impl NarHead {
     /// A head of a NAR of `nar_size` bytes that has nothing yet, and no file.
     pub(super) fn new(nar_size: u64, make: MakeFile) -> Self {
         let until = Instant::now() + PATIENCE;
-        Self { make: Some(make), written: None, entries: 0, most: nar_size, until }
+        Self {
+            make: Some(make),
+            written: None,
+            waiting: Waiting::default(),
+            entries: 0,
+            most: nar_size,
+            until,
+        }
     }
 
     /// On a machine that is busy, too.
@@ -60,9 +74,10 @@ impl NarHead {
     }
 
     /// Takes the bytes that come next, so many entries of the NAR, unless it ends before them. False: it wants no more.
-    pub(super) fn put(&mut self, bytes: &[u8], entries: usize) -> bool {
+    pub(super) fn put(&mut self, bytes: Vec<u8>, entries: usize) -> bool {
         self.entries += entries as u64;
-        let len = self.written.as_ref().map_or(0, |head| head.len) + bytes.len() as u64;
+        let before = self.written.as_ref().map_or(0, |head| head.len) + self.waiting.len;
+        let len = before + bytes.len() as u64;
         if len > self.most || !are_small(len, self.entries) {
             return false;
         }
@@ -70,16 +85,73 @@ impl NarHead {
             self.written = Some(Head { file: Arc::new(file), len: 0, leave });
         }
         let Some(head) = &mut self.written else { return false };
-        if head.file.write_all_at(bytes, head.len).is_err() {
-            // Whoever goes on says so, if it fails there as well.
-            return false;
-        }
-        head.len = len;
-        Instant::now() < self.until
+        self.waiting.put(bytes);
+        // Whoever goes on says so, if it fails there as well.
+        self.waiting.write(head, len - len % RUN).is_ok() && Instant::now() < self.until
+    }
+
+    /// A buffer that is not needed any more.
+    pub(super) fn spare_buffer(&mut self) -> Option<Vec<u8>> {
+        self.waiting.spare.pop()
     }
 
     /// What there is of it. `None`: nothing.
-    pub(super) fn end(self) -> Option<Head> {
-        self.written
+    pub(super) fn end(mut self) -> Option<Head> {
+        let mut head = self.written?;
+        let len = head.len + self.waiting.len;
+        // Where that fails, it has less.
+        let _ = self.waiting.write(&mut head, len);
+        (head.len > 0).then_some(head)
+    }
+}
+
+/// Bytes that are not written yet, and come next.
+#[derive(Default)]
+struct Waiting {
+    parts: VecDeque<Vec<u8>>,
+    /// So many bytes of the first part are written.
+    written: usize,
+    len: u64,
+    spare: Vec<Vec<u8>>,
+}
+
+impl Waiting {
+    fn put(&mut self, bytes: Vec<u8>) {
+        self.len += bytes.len() as u64;
+        self.parts.push_back(bytes);
+    }
+
+    /// Writes behind the head, until it is so long.
+    fn write(&mut self, head: &mut Head, until: u64) -> io::Result<()> {
+        while head.len < until {
+            let mut slices = Vec::with_capacity(self.parts.len());
+            let (mut left, mut from) = (until - head.len, self.written);
+            for part in &self.parts {
+                let len = usize::try_from(left).unwrap_or(usize::MAX).min(part.len() - from);
+                slices.push(IoSlice::new(&part[from..from + len]));
+                (left, from) = (left - len as u64, 0);
+                if left == 0 {
+                    break;
+                }
+            }
+            let written = head.file.write_at(&slices, head.len)?;
+            if written == 0 {
+                return Err(io::ErrorKind::WriteZero.into());
+            }
+            head.len += written as u64;
+            self.pass_over(written);
+        }
+        Ok(())
+    }
+
+    fn pass_over(&mut self, bytes: usize) {
+        self.len -= bytes as u64;
+        self.written += bytes;
+        while let Some(first) = self.parts.front()
+            && first.len() <= self.written
+        {
+            self.written -= first.len();
+            self.spare.extend(self.parts.pop_front());
+        }
     }
 }

@@ -65,15 +65,16 @@ pub(super) fn lay_out(
     let take = |part: Result<ReadPart, TreeError>| {
         let part = part?;
         part.lay_out(&mut builder).map_err(layout)?;
-        let goes_on = match (&mut head, &part.nar) {
-            (Some(head), Some(nar)) => head.put(nar, part.len()),
+        let entries = part.len();
+        let goes_on = match (&mut head, part.nar) {
+            (Some(head), Some(nar)) => head.put(nar, entries),
             _ => false,
         };
         if !goes_on {
             head = None;
             is_read.store(false, Ordering::Relaxed);
         }
-        if let Some(mut nar) = part.nar.filter(|_| goes_on) {
+        while let Some(mut nar) = head.as_mut().and_then(|head| head.spare_buffer()) {
             nar.clear();
             let _ = give_back.send(nar);
         }
