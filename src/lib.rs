@@ -36,7 +36,8 @@
 //! | [`cli`] | commands | all above |
 //!
 //! ## The way of a narinfo request
-//! `http::server` accepts, `http::gate` lets in, `http::app` parses the URL ([`nix::cache_url`]). A path that was asked
+//! `http::listeners` accepts (within the host without the pacing that a system may have chosen: `http::congestion`), `http::server`
+//! serves, `http::gate` lets in, `http::app` parses the URL ([`nix::cache_url`]). A path that was asked
 //! for before is answered at once: `store::known` compares the path's stamp (device, inode, change time; one `lstat`)
 //! and its lease's generation, and the narinfo was signed and printed the first time. Otherwise `store::names` has the
 //! name for the hash part (after a start from `store::remembered_names`, or from `store::name_list`, which has what was read while the
@@ -50,7 +51,7 @@
 //! sent; `store::nar_reader` reads the files by that layout, `store::nar_chunks` where the next chunk is asked for if few files in
 //! memory make it, and several chunks at once where files are small, and `store::nar_stream` makes it a stream that holds the lease. A NAR of many small files is read once, into a
 //! copy that all who ask follow (`store::nar_copies`, `store::nar_copy`), and that begins while the tree is laid out: what opens each file
-//! anyway need not look at it first (`store::nar_head`).
+//! anyway need not look at it first (`store::nar_head`; written in runs, which the kernel keeps in larger pieces).
 //! Contents that are in memory and long enough are not read at all: their file is opened where the next chunk is asked for, if the
 //! kernel has its name in memory, and the kernel sends them (`store::file_span`, `http::file_socket`).
 //!

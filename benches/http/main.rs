@@ -1,10 +1,11 @@
 //! The local daemon against nginx with the same NARs as files: `cargo bench --bench http`.
 //!
 //! Both on loopback and from a warm cache, in turn, in every round; a ratio is the median of the rounds' own. Narinfos by wrk,
-//! NARs by a client that throws them away, `nix copy` into a fresh store. NARs are read once before they are measured: some machines
-//! take back what nobody has read for half a minute. What many small files cost the kernel alone is measured beside. nginx has a
-//! worker for each core and sendfile. Needs nix-bin, nginx-light and wrk, and 6 GB in the temporary folder, which had better be no
-//! tmpfs: that can't say what is in memory, and no store lies on one.
+//! NARs by a client that throws them away, `nix copy` into a fresh store. What NARs are made of is read anew before they are
+//! measured, in the same way for both. What many small files cost the kernel alone is measured beside. nginx has a worker for each
+//! core and sendfile, and is paced where the system paces what is sent; what the system has chosen is printed. Needs nix-bin,
+//! nginx-light and wrk, and 6 GB in the temporary folder, which had better be no tmpfs: that can't say what is in memory, and no
+//! store lies on one.
 //!
 //! `-- --rounds N` for other than five; `-- --only hits,misses,latency,large,middling,files,copy` for some of the rows.
 
@@ -16,6 +17,7 @@ mod client;
 mod connection;
 #[path = "../support/figures.rs"]
 mod figures;
+mod memory;
 mod servers;
 mod store;
 mod table;
@@ -30,6 +32,7 @@ use std::time::Duration;
 
 use bare::read_files;
 use client::{Nar, nars, read, walk};
+use memory::read_anew;
 use servers::{Kind, Server};
 use store::Store;
 use table::{Table, Wanted};
@@ -110,6 +113,8 @@ fn main() -> ExitCode {
         let order = if round % 2 == 0 { [Kind::Peernix, Kind::Nginx] } else { [Kind::Nginx, Kind::Peernix] };
         Round { arguments: &arguments, store: &store, order, table: &mut table }.run();
     }
+    let congestion = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control").unwrap_or_default();
+    println!("\nnet.ipv4.tcp_congestion_control = {}", congestion.trim());
     table.print();
     ExitCode::SUCCESS
 }
@@ -132,7 +137,7 @@ impl Round<'_> {
                     let (server, nars) = (&servers[at], &nars[at]);
                     match *part {
                         "hits" | "misses" | "latency" => self.narinfos(server, part),
-                        "large" => self.large(server, &nars[&self.store.large]),
+                        "large" => self.large(server, nars),
                         "middling" => self.middling(server, nars),
                         "copy" => self.copy(server, nars),
                         // Has servers of its own, below.
@@ -185,8 +190,21 @@ impl Round<'_> {
         self.table.add(server.kind, label, wanted, value);
     }
 
-    fn large(&mut self, server: &Server, nar: &Nar) {
-        read(server.address, 1, vec![nar]);
+    /// Has what a server sends for a path in memory, and the server used to it.
+    fn warm(&self, server: &Server, nars: &HashMap<String, Nar>, hashes: &[String]) {
+        for hash in hashes {
+            match server.kind {
+                Kind::Peernix => read_anew(self.store.path_of(hash)),
+                Kind::Nginx => read_anew(&self.store.file_of(&nars[hash])),
+            }
+        }
+        read(server.address, 1, hashes.iter().map(|hash| &nars[hash]).collect());
+    }
+
+    fn large(&mut self, server: &Server, nars: &HashMap<String, Nar>) {
+        let hash = &self.store.large;
+        self.warm(server, nars, std::slice::from_ref(hash));
+        let nar = &nars[hash];
         for (streams, times, rate_label, cpu_label) in [
             (1, 3, "NAR of 671 MB, 1 stream, MB/s", "its CPU, 1 stream, s/GB"),
             (8, 8, "NAR of 671 MB, 8 streams, MB/s", "its CPU, 8 streams, s/GB"),
@@ -200,18 +218,14 @@ impl Round<'_> {
     }
 
     fn middling(&mut self, server: &Server, nars: &HashMap<String, Nar>) {
-        let nars = self.middling_of(nars);
-        read(server.address, 1, nars.clone());
+        self.warm(server, nars, &self.store.middling);
+        let nars: Vec<&Nar> = self.store.middling.iter().map(|hash| &nars[hash]).collect();
         for (streams, label) in
             [(1, "NARs of 300 paths, 1 stream, MB/s"), (8, "NARs of 300 paths, 8 streams, MB/s")]
         {
             let rate = read(server.address, streams, nars.clone()).rate();
             self.table.add(server.kind, label, Wanted::AtLeast(0.9), rate);
         }
-    }
-
-    fn middling_of<'n>(&self, nars: &'n HashMap<String, Nar>) -> Vec<&'n Nar> {
-        self.store.middling.iter().map(|hash| &nars[hash]).collect()
     }
 
     /// From servers that have just started, and then from the same again, in these turns; and how much memory each took.
@@ -227,10 +241,10 @@ impl Round<'_> {
         let rate_of =
             |at: usize, times| read(servers[at].address, streams, vec![&nars[at][hash]; times]).rate();
         // No server may be asked before it is measured.
-        read_files(&self.store.files_path);
+        read_anew(self.store.path_of(&self.store.files));
         for (server, nars) in servers.iter().zip(&nars) {
             if server.kind == Kind::Nginx {
-                std::fs::read(self.store.file_of(&nars[hash])).expect("the NAR as a file");
+                read_anew(&self.store.file_of(&nars[hash]));
             }
         }
         let mut sent = 0.0;
@@ -256,7 +270,7 @@ impl Round<'_> {
     /// What the files alone cost, in bytes of their NAR, as nginx's rate is that sent it: who opens them for each NAR can't have a better
     /// ratio, nor who sends nothing of it before all were opened.
     fn bare(&mut self, nar_size: usize, sent: f64) {
-        let read = nar_size as f64 / 1e6 / read_files(&self.store.files_path).as_secs_f64();
+        let read = nar_size as f64 / 1e6 / read_files(self.store.path_of(&self.store.files)).as_secs_f64();
         for (label, rate) in [
             ("its files only opened and read, MB/s", read),
             ("the same, and sent by nginx then, MB/s", 1.0 / (1.0 / read + 1.0 / sent)),
@@ -267,7 +281,7 @@ impl Round<'_> {
     }
 
     fn copy(&mut self, server: &Server, nars: &HashMap<String, Nar>) {
-        read(server.address, 1, self.middling_of(nars));
+        self.warm(server, nars, &self.store.middling);
         let before = server.cpu();
         let seconds = self.store.copy_from(server.address);
         self.table.add(server.kind, "nix copy of 300 paths, s", Wanted::AtMost(1.05), seconds);

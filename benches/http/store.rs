@@ -1,5 +1,6 @@
 //! What is served: a store that the real Nix makes, and its copy in files.
 
+use std::collections::HashMap;
 use std::fs;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -7,6 +8,7 @@ use std::process::{Command, Output};
 use std::time::Instant;
 
 use crate::client::Nar;
+use crate::memory::write_back;
 
 /// Misses that wrk walks through: more than the hits, so that neither side meets the same one often.
 const MISSES: usize = 20_000;
@@ -21,8 +23,8 @@ pub(crate) struct Store {
     pub(crate) large: String,
     pub(crate) middling: Vec<String>,
     pub(crate) files: String,
-    /// Where the files of that lie.
-    pub(crate) files_path: PathBuf,
+    /// Where each path lies.
+    paths: HashMap<String, PathBuf>,
     middling_root: String,
     /// Files with what wrk asks for.
     pub(crate) hits: PathBuf,
@@ -68,7 +70,9 @@ impl Store {
         let mut all: Vec<String> =
             names.filter_map(|name| name.strip_suffix(".narinfo").map(str::to_owned)).collect();
         all.sort();
-        let files_path = root.join(files.trim_start_matches('/'));
+        let entries = fs::read_dir(root.join("nix/store")).expect("the store").flatten();
+        let paths = entries.map(|entry| (hash_part(&entry.file_name().to_string_lossy()), entry.path()));
+        let paths = paths.collect();
         let store = Self {
             folder: folder.to_owned(),
             root,
@@ -76,7 +80,7 @@ impl Store {
             public_key: fs::read_to_string(public_key).expect("a public key").trim().to_owned(),
             large: hash_part(large),
             files: hash_part(files),
-            files_path,
+            paths,
             middling_root: middling_root.clone(),
             middling,
             all,
@@ -84,9 +88,15 @@ impl Store {
             misses: folder.join("misses"),
         };
         store.write_walks();
+        write_back(folder);
         let took = began.elapsed().as_secs_f64();
         println!("{} paths made and copied into files in {took:.0} s", store.all.len());
         store
+    }
+
+    /// Where a path lies.
+    pub(crate) fn path_of(&self, hash: &str) -> &Path {
+        &self.paths[hash]
     }
 
     /// The file that nginx has of a NAR.

@@ -38,7 +38,13 @@ fn explain(error: &std::io::Error) -> String {
 
 /// Sockets that are bound, and wait.
 #[derive(Debug)]
-pub struct Listeners(Vec<TcpListener>);
+pub struct Listeners(Vec<Listener>);
+
+#[derive(Debug)]
+struct Listener {
+    socket: TcpListener,
+    congestion: Congestion,
+}
 
 impl Listeners {
     /// Binds the addresses. One that fails is told in the log as long as another one works.
@@ -68,7 +74,7 @@ impl Listeners {
     /// The addresses, with the ports that the system chose where 0 was asked for.
     #[must_use]
     pub fn addresses(&self) -> Vec<SocketAddr> {
-        self.0.iter().filter_map(|listener| listener.local_addr().ok()).collect()
+        self.0.iter().filter_map(|listener| listener.socket.local_addr().ok()).collect()
     }
 
     /// Accepts connections, in tasks that end with what takes them.
@@ -82,14 +88,17 @@ impl Listeners {
     }
 }
 
-async fn bind_one(address: SocketAddr) -> std::io::Result<TcpListener> {
-    match TcpListener::bind(address).await {
+async fn bind_one(address: SocketAddr) -> std::io::Result<Listener> {
+    let socket = match TcpListener::bind(address).await {
         // A kernel without IPv6: all addresses are then all IPv4 addresses.
         Err(error) if address.ip() == std::net::Ipv6Addr::UNSPECIFIED && is_no_ipv6(&error) => {
             TcpListener::bind(SocketAddr::from(([0u8; 4], address.port()))).await
         }
         done => done,
-    }
+    }?;
+    // At once: who asks while the rest starts waits in the queue of this socket.
+    let congestion = Congestion::of(&socket);
+    Ok(Listener { socket, congestion })
 }
 
 fn is_no_ipv6(error: &std::io::Error) -> bool {
@@ -98,14 +107,13 @@ fn is_no_ipv6(error: &std::io::Error) -> bool {
 }
 
 /// Gives on what is accepted, until nobody takes it any more.
-async fn accept(listener: TcpListener, accepted: mpsc::Sender<(TcpStream, SocketAddr)>) {
-    let congestion = Congestion::of(&listener);
+async fn accept(listener: Listener, accepted: mpsc::Sender<(TcpStream, SocketAddr)>) {
     let mut has_failed = false;
     loop {
-        match listener.accept().await {
+        match listener.socket.accept().await {
             Ok((socket, address)) => {
                 has_failed = false;
-                congestion.choose(&socket, address.ip());
+                listener.congestion.choose(&socket, address.ip());
                 if accepted.send((socket, address)).await.is_err() {
                     return;
                 }

@@ -1,7 +1,7 @@
 //! The file of a copy of a NAR, and what it takes to write one.
 
 use std::fs::File;
-use std::io::IoSlice;
+use std::io::{ErrorKind, IoSlice};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -62,13 +62,13 @@ impl CopyFile {
         let file = tempfile::tempfile_in(folder).and_then(|file| {
             // Writing takes a third less where the disk has set all of it aside; not every file system can.
             match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, room.bytes.unsigned_abs()) {
-                Err(Errno::NOSPC) => Err(Errno::NOSPC.into()),
+                Err(full @ (Errno::NOSPC | Errno::DQUOT)) => Err(full.into()),
                 _ => Ok(file),
             }
         });
         match file {
             Ok(file) => Some(Self { file, _room: room }),
-            Err(error) if error.kind() == std::io::ErrorKind::StorageFull => {
+            Err(error) if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
                 Self::say_why_not(&error);
                 None
             }
@@ -122,6 +122,22 @@ mod tests {
         pub(in super::super) fn of_a_test() -> Self {
             Self::new(permit(), Lease(Arc::new(Generation { id: 1 })))
         }
+    }
+
+    impl CopyFile {
+        /// One that can't be written.
+        pub(in super::super) fn full(room: Room) -> Self {
+            Self { file: File::options().write(true).open("/dev/full").unwrap(), _room: room }
+        }
+    }
+
+    #[test]
+    fn room_is_set_aside_before_anything_is_written() {
+        use std::os::unix::fs::MetadataExt as _;
+        let folder = tempfile::tempdir().unwrap();
+        let file = CopyFile::make(folder.path(), Room::of_a_test(3_000_000, &Gauge::default())).unwrap();
+        let meta = file.file.metadata().unwrap();
+        assert!(meta.len() == 0 && meta.blocks() * 512 >= 3_000_000);
     }
 
     impl Room {

@@ -243,6 +243,14 @@ mod tests {
 
     /// A copy of a tree, its gauge, and its making, which goes on for nobody.
     fn begun(tree: &std::path::Path) -> (Arc<NarCopy>, Gauge, impl Future<Output = Made> + Send + use<>) {
+        begun_in(tree, CopyFile::make)
+    }
+
+    /// The same in the file that is made so.
+    fn begun_in(
+        tree: &std::path::Path,
+        make: fn(&std::path::Path, Room) -> Option<CopyFile>,
+    ) -> (Arc<NarCopy>, Gauge, impl Future<Output = Made> + Send + use<>) {
         std::fs::create_dir(tree).unwrap();
         for file in 0..400 {
             std::fs::write(tree.join(format!("f{file}")), vec![b'x'; 5000]).unwrap();
@@ -251,7 +259,7 @@ mod tests {
         let (len, taken) = (layout.len(), Gauge::default());
         let reader = NarReader::new(tree.to_owned(), layout, 0..len);
         let (room, folder) = (Room::of_a_test(len, &taken), tree.parent().unwrap().to_owned());
-        let start = Start::Nothing(Box::new(move || CopyFile::make(&folder, room)), Leave::of_a_test());
+        let start = Start::Nothing(Box::new(move || make(&folder, room)), Leave::of_a_test());
         let (copy, mut maker) = NarCopy::new(len, start);
         maker.patience = Duration::ZERO;
         (copy, taken, maker.run(NarChunks::new(reader, BufferPool::default())))
@@ -275,6 +283,16 @@ mod tests {
             // Chunks that were being read ahead are still written.
             until_free(&taken).await;
         }
+    }
+
+    #[tokio::test]
+    async fn a_copy_that_can_not_be_written_has_failed_and_who_follows_it_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let (copy, taken, made) = begun_in(&folder.path().join("tree"), |_, room| Some(CopyFile::full(room)));
+        let mut chunks = CopyReader::new(&copy).chunks(0..copy.len, BufferPool::default());
+        let (made, read) = tokio::join!(made, chunks.next());
+        assert!(matches!((made, read), (Made::Failed, Some(Err(Gone)))) && copy.has_failed());
+        until_free(&taken).await;
     }
 
     #[tokio::test]

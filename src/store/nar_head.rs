@@ -15,7 +15,7 @@ const SMALL: u64 = 16 * 1024;
 /// Nothing of a NAR is sent before it is laid out, so that may take no longer because the files are read.
 const PATIENCE: Duration = Duration::from_millis(250);
 
-/// So many bytes are written at once, at a multiple of as many: the kernel keeps them in larger pieces then, which are faster to write and to
+/// Bytes are written in multiples of so many, at a multiple of as many: the kernel keeps them in larger pieces then, which are faster to write and to
 /// send than those of parts as they come.
 const RUN: u64 = 256 * 1024;
 
@@ -99,8 +99,8 @@ impl NarHead {
     pub(super) fn end(mut self) -> Option<Head> {
         let mut head = self.written?;
         let len = head.len + self.waiting.len;
-        // Where that fails, it has less.
-        let _ = self.waiting.write(&mut head, len);
+        // What goes on behind it begins where a run does. Where writing fails, it has less.
+        let _ = self.waiting.write(&mut head, if len == self.most { len } else { len - len % RUN });
         (head.len > 0).then_some(head)
     }
 }
@@ -152,6 +152,46 @@ impl Waiting {
         {
             self.written -= first.len();
             self.spare.extend(self.parts.pop_front());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use prometheus_client::metrics::gauge::Gauge;
+
+    use super::super::copy_file::Room;
+    use super::*;
+
+    #[test]
+    fn a_head_that_can_not_be_written_is_none() {
+        let taken = Gauge::default();
+        let room = Room::of_a_test(1_000_000, &taken);
+        let make = Box::new(move || Some((CopyFile::full(room), Leave::of_a_test())));
+        let mut head = NarHead::new(1_000_000, make).patient();
+        // Less than a run waits, and what follows has to be written.
+        assert!(head.put(vec![1; 200_000], 100));
+        assert!(!head.put(vec![2; 200_000], 100));
+        assert!(head.end().is_none());
+        assert_eq!(taken.get(), 0);
+    }
+
+    #[test]
+    fn a_head_of_less_than_the_nar_ends_where_a_run_does_and_one_of_it_all_has_it_all() {
+        let folder = tempfile::tempdir().unwrap();
+        for (most, len) in [(700_000, 700_000), (700_001, 2 * RUN)] {
+            let (room, folder) = (Room::of_a_test(most, &Gauge::default()), folder.path().to_owned());
+            let make = Box::new(move || Some((CopyFile::make(&folder, room)?, Leave::of_a_test())));
+            let mut head = NarHead::new(most, make).patient();
+            let bytes: Vec<u8> = (0..700_000_u32).map(|at| (at / 251) as u8).collect();
+            // Parts that are shorter than a run, longer, and of several.
+            for part in [&bytes[..1000], &bytes[1000..300_000], &bytes[300_000..300_001], &bytes[300_001..]] {
+                assert!(head.put(part.to_vec(), 500));
+            }
+            let head = head.end().unwrap();
+            let mut written = vec![0; head.len as usize];
+            head.file.read_exact_at(&mut written, 0).unwrap();
+            assert!(head.len == len && written == bytes[..len as usize]);
         }
     }
 }

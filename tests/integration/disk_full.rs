@@ -181,7 +181,7 @@ fn clients_of_a_daemon_whose_disk_gets_full_get_all_of_it_and_the_space_comes_ba
 }
 
 #[test]
-fn nars_that_are_copied_to_a_disk_that_gets_full_are_the_same_and_the_space_comes_back() {
+fn nars_that_a_disk_has_no_room_to_copy_are_the_same_and_the_space_comes_back() {
     let (disk, store) = (SmallDisk::new(), Store::new());
     let paths: Vec<String> = (0..3).map(|number| many_small_files(&store, number)).collect();
     let daemon = Daemon::serve(store.root(), &format!("[state]\ndirectory = {:?}", disk.path));
