@@ -62,7 +62,7 @@ enum Command {
         #[arg(long)]
         url: Option<String>,
     },
-    /// Check the configuration and the keys that it names
+    /// Check the configuration, and the keys and the store that it names
     CheckConfig,
     /// Make keys
     #[command(subcommand)]
@@ -136,22 +136,19 @@ fn parse(arguments: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> 
 fn dispatch(cli: Cli) -> anyhow::Result<()> {
     match cli.command.unwrap_or(Command::Serve(ServeArguments::default())) {
         Command::Serve(arguments) => {
-            let (mut config, file) = config(&cli.common)?;
-            check_named(&config, file.as_deref())?;
             let listen = [cli.serve.listen, arguments.listen].concat();
-            if !listen.is_empty() {
-                config.http.listen = listen;
-            }
+            let (config, file) = config(&cli.common, listen)?;
+            check_named(&config, file.as_deref())?;
             serve::serve(config)
         }
         Command::Try => try_out::try_out(),
         Command::Peers { url: Some(url) } => peers::peers(&url),
         Command::Peers { url: None } => {
-            let own = config(&cli.common)?.0.http.loopback();
+            let own = config(&cli.common, cli.serve.listen)?.0.http.loopback();
             let own = own.context("http.listen has no address on loopback: name the daemon with --url")?;
             peers::peers(&format!("http://{own}"))
         }
-        Command::CheckConfig => check_config(&cli.common),
+        Command::CheckConfig => check_config(&cli.common, cli.serve.listen),
         Command::Key(KeyCommand::Generate { name, to }) => generate_key(&name, to),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "peernix", &mut std::io::stdout());
@@ -180,10 +177,14 @@ fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|error| format!("{error}; {}", config::LISTEN_FORM))
 }
 
-/// The configuration, and the file that it was read from.
-fn config(common: &Common) -> anyhow::Result<(Config, Option<PathBuf>)> {
+/// The configuration, with the addresses that the command line may have in the place of its own, and the file that it was read from.
+fn config(common: &Common, listen: Vec<SocketAddr>) -> anyhow::Result<(Config, Option<PathBuf>)> {
     let variable = || std::env::var_os("PEERNIX_CONFIG").filter(|value| !value.is_empty()).map(PathBuf::from);
-    Ok(Config::load(common.config.clone().or_else(variable).as_deref())?)
+    let (mut config, file) = Config::load(common.config.clone().or_else(variable).as_deref())?;
+    if !listen.is_empty() {
+        config.http.listen = listen;
+    }
+    Ok((config, file))
 }
 
 /// Whether what the configuration names can be used: the keys, and the store if there is one. Asked before serving too, so
@@ -199,8 +200,8 @@ fn check_named(config: &Config, file: Option<&Path>) -> anyhow::Result<(Signer, 
     })
 }
 
-fn check_config(common: &Common) -> anyhow::Result<()> {
-    let (config, file) = config(common)?;
+fn check_config(common: &Common, listen: Vec<SocketAddr>) -> anyhow::Result<()> {
+    let (config, file) = config(common, listen)?;
     let (mut signer, store_is_there) = check_named(&config, file.as_deref())?;
     if config.signing.keys.is_empty()
         && let Ok(state) = config.state.directory()

@@ -61,9 +61,10 @@ impl Options {
             return Err("discovery.interval: has to be 100ms to 10min".to_owned());
         }
         if self.ttl < self.interval * 2 || self.ttl > Duration::from_secs(24 * 60 * 60) {
-            return Err(
-                "discovery.ttl: has to be twice discovery.interval at least, and 1day at most".to_owned()
-            );
+            let (ttl, least) = (self.ttl, self.interval * 2);
+            return Err(format!(
+                "discovery.ttl: is {ttl:?}, and has to be twice discovery.interval ({least:?}) at least, and 1day at most"
+            ));
         }
         if !(1..=10_000).contains(&self.peers) {
             return Err("discovery.peers: has to be 1 to 10000".to_owned());

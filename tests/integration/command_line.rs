@@ -288,6 +288,8 @@ fn the_peers_of_the_daemon_that_the_configuration_means_are_shown() {
     assert!(String::from_utf8_lossy(&shown.stdout).contains("discovery.targets"), "{shown:?}");
     let shown = peers("10.0.0.1:9999");
     assert!(String::from_utf8_lossy(&shown.stderr).contains("no address on loopback"), "{shown:?}");
+    let shown = run(Command::new(PROGRAM).args(["--listen", address, "peers", "--config"]).arg(&file));
+    assert!(String::from_utf8_lossy(&shown.stdout).contains("discovery.targets"), "{shown:?}");
 }
 
 #[test]
