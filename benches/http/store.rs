@@ -71,6 +71,7 @@ impl Store {
             names.filter_map(|name| name.strip_suffix(".narinfo").map(str::to_owned)).collect();
         all.sort();
         let entries = fs::read_dir(root.join("nix/store")).expect("the store").flatten();
+        let entries = entries.filter(|entry| !entry.file_name().to_string_lossy().ends_with(".lock"));
         let paths = entries.map(|entry| (hash_part(&entry.file_name().to_string_lossy()), entry.path()));
         let paths = paths.collect();
         let store = Self {

@@ -1,7 +1,7 @@
 //! How a connection finds its pace: on loopback it needs none.
 //!
 //! A system may pace whatever it sends (BBR does), and then paces loopback too: a timer for each 64 KiB, which takes a virtual machine
-//! more time than to send them. Where that is so, connections within this host go by what every kernel has, and all others by what the
+//! more time than to send them. Where that is so at the start, connections within this host go by what every kernel has, and all others by what the
 //! system has chosen. Elsewhere nothing is chosen here.
 //!
 //! What is accepted begins with what the listening socket goes by. It has to begin with the plain one: a connection that was paced
@@ -22,31 +22,34 @@ const PACED: &str = "bbr";
 /// What the connections of one listening socket go by.
 #[derive(Debug)]
 pub(super) struct Congestion {
-    begins_plain: bool,
+    /// What the system had chosen, where connections begin with the plain one.
+    usual: Option<String>,
 }
 
 impl Congestion {
     /// Has all connections that are accepted from now on begin with the plain one, where the system paces.
     pub(super) fn of(listener: impl AsFd) -> Self {
-        let begins_plain = system_paces().unwrap_or(false) && set_tcp_congestion(listener, PLAIN).is_ok();
-        Self { begins_plain }
+        let usual = pacing().ok().flatten();
+        Self { usual: usual.filter(|_| set_tcp_congestion(listener, PLAIN).is_ok()) }
     }
 
     /// Chooses for a connection that was accepted, before anything is sent.
     pub(super) fn choose(&self, socket: impl AsFd, client: IpAddr) {
-        // A route may have its own.
-        if !self.begins_plain || is_within_host(&socket, client) || !goes_by_plain(&socket) {
-            return;
-        }
-        let chosen = system_socket().and_then(|(_, usual)| Ok(set_tcp_congestion(&socket, &usual)?));
-        if let Err(error) = chosen {
+        let Some(usual) = self.usual.as_ref().filter(|_| !is_within_host(&socket, client)) else { return };
+        // As it is by now, unless there is no descriptor to ask with.
+        let chosen = system_socket().map_or_else(|_| usual.clone(), |(_, usual)| usual);
+        if let Err(error) = put_back(socket, &chosen) {
             tracing::debug!(%client, %error, "a connection goes by reno, and not as the system wants");
         }
     }
 }
 
-fn goes_by_plain(socket: impl AsFd) -> bool {
-    tcp_congestion(socket).is_ok_and(|found| found == PLAIN)
+/// Chooses for a connection that still goes by the plain one: a route may have its own.
+fn put_back(socket: impl AsFd, usual: &str) -> io::Result<()> {
+    if tcp_congestion(&socket)? == PLAIN {
+        set_tcp_congestion(socket, usual)?;
+    }
+    Ok(())
 }
 
 /// Whether both ends are on this host, which may be asked by an address on the LAN too.
@@ -56,15 +59,15 @@ fn is_within_host(socket: impl AsFd, client: IpAddr) -> bool {
     client.is_loopback() || own.is_some_and(|own| own.ip().to_canonical() == client)
 }
 
-/// Whether the system paces, and lets this process choose both ways: nothing is chosen that can't be taken back.
-fn system_paces() -> io::Result<bool> {
+/// By what the system paces, if it does, and lets this process choose both ways: nothing is chosen that can't be taken back.
+fn pacing() -> io::Result<Option<String>> {
     let (socket, usual) = system_socket()?;
     if !usual.starts_with(PACED) {
-        return Ok(false);
+        return Ok(None);
     }
     set_tcp_congestion(&socket, PLAIN)?;
     set_tcp_congestion(&socket, &usual)?;
-    Ok(true)
+    Ok(Some(usual))
 }
 
 /// A socket that goes by what the system has chosen, and what that is.
@@ -110,8 +113,7 @@ mod tests {
         let (_, usual) = system_socket().unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (socket, _) = listener.accept().unwrap();
-        // As if this host would begin with the plain one: the connection began with the usual one.
-        Congestion { begins_plain: true }.choose(&socket, "192.0.2.1".parse().unwrap());
+        put_back(&socket, PLAIN).unwrap();
         assert_eq!(tcp_congestion(&socket).unwrap(), usual);
     }
 }

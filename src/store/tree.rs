@@ -20,6 +20,8 @@ use crate::nix::layout::{LayoutBuilder, NarLayout};
 
 /// So many files make a part of a tree; fewer are done sooner than another thread is woken.
 const PART: usize = 64;
+/// So many buffers come back; short parts take more, which would all become as long as the longest.
+const BUFFERS: usize = 12;
 /// As how many files a directory counts, which has to be opened.
 const DIRECTORY: usize = 4;
 
@@ -75,8 +77,10 @@ pub(super) fn lay_out(
             is_read.store(false, Ordering::Relaxed);
         }
         while let Some(mut nar) = head.as_mut().and_then(|head| head.spare_buffer()) {
-            nar.clear();
-            let _ = give_back.send(nar);
+            if give_back.len() < BUFFERS {
+                nar.clear();
+                let _ = give_back.send(nar);
+            }
         }
         Ok(())
     };

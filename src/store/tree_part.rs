@@ -16,7 +16,8 @@ use super::tree_error::TreeError;
 use crate::nix::layout::{FileMeta, LayoutBuilder, LayoutError};
 use crate::nix::nar_text::NarText;
 
-/// A part that would have more bytes than this is only looked at. A dozen of them may wait for their turn in one tree, and one to be written.
+/// A part that would have more bytes than this is only looked at. A dozen of them may wait for their turn in one tree, and one, behind
+/// short ones, to be written.
 const MOST_BYTES: usize = 1024 * 1024;
 
 /// An entry whose name and kind its directory tells.
