@@ -1,8 +1,8 @@
 //! How a connection finds its pace: on loopback it needs none.
 //!
-//! A system may pace whatever it sends (BBR does), and then paces loopback too: a timer for each 64 KiB, which takes a virtual machine
-//! more time than to send them. Where that is so at the start, connections within this host go by what every kernel has, and all others by what the
-//! system has chosen. Elsewhere nothing is chosen here.
+//! A system may pace whatever it sends (BBR does), and then paces loopback too: a timer for each 64 KiB, which takes a virtual
+//! machine more time than to send them. Where that is so at the start, connections within this host go by what every kernel has,
+//! and all others by what the system has chosen. Elsewhere nothing is chosen here.
 //!
 //! What is accepted begins with what the listening socket goes by. It has to begin with the plain one: a connection that was paced
 //! once is paced whatever is chosen later.
@@ -44,7 +44,7 @@ impl Congestion {
     }
 }
 
-/// Chooses for a connection that still goes by the plain one: a route may have its own.
+/// Chooses for a connection that still goes by the plain one: a route may have its own. One that has the plain one is not told apart.
 fn put_back(socket: impl AsFd, usual: &str) -> io::Result<()> {
     if tcp_congestion(&socket)? == PLAIN {
         set_tcp_congestion(socket, usual)?;
