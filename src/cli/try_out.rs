@@ -11,6 +11,8 @@ use std::process::Output;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail, ensure};
+use rustix::io::Errno;
+use rustix::process::WaitOptions;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -59,6 +61,8 @@ pub(super) fn try_out() -> anyhow::Result<()> {
         let _context = runtime.enter();
         (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?)
     };
+    // A builder whose Nix was killed comes to us, so that its end can be waited for; where that can't be, it is on its own.
+    let _ = rustix::process::set_child_subreaper(Some(rustix::process::getpid()));
     let folder = tempfile::Builder::new().prefix("peernix-try-").tempdir();
     let folder = folder.context("no temporary folder can be made")?;
     let trial = Trial { folder: folder.path().to_owned() };
@@ -72,6 +76,7 @@ pub(super) fn try_out() -> anyhow::Result<()> {
         }
     });
     runtime.shutdown_timeout(LEAVE_TIME);
+    wait_for_the_rest();
     let removed = remove(folder.path());
     let report = outcome?;
     removed.context("the temporary folder can't be removed")?;
@@ -252,7 +257,19 @@ fn text_lines(output: Output) -> anyhow::Result<Vec<String>> {
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-/// Removes the folder. What was killed may still put something there.
+/// Waits until what was killed is gone, with all that it had started: it could make the folder anew.
+fn wait_for_the_rest() {
+    let began = Instant::now();
+    while began.elapsed() < LEAVE_TIME {
+        match rustix::process::wait(WaitOptions::NOHANG) {
+            Ok(Some(_)) | Err(Errno::INTR) => {}
+            Ok(None) => std::thread::sleep(Duration::from_millis(5)),
+            Err(_) => break,
+        }
+    }
+}
+
+/// Removes the folder. What is not gone yet may still put something there.
 fn remove(folder: &Path) -> std::io::Result<()> {
     let began = Instant::now();
     loop {
