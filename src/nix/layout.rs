@@ -29,6 +29,9 @@ pub enum LayoutError {
 /// The most entries of one NAR: about half a gigabyte of metadata.
 pub const MAX_ENTRIES: usize = 8 * 1024 * 1024;
 
+/// Nodes of which a layout keeps a piece.
+const PIECE: usize = 1024;
+
 /// What is said of a regular file when it is laid out, and has to hold when it is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileMeta {
@@ -57,10 +60,43 @@ struct Node {
     name_len: u8,
 }
 
+/// Nodes in pieces of [`PIECE`]: as one it would be copied into fresh memory whenever it grows.
+#[derive(Debug, Default)]
+struct Nodes {
+    pieces: Vec<Vec<Node>>,
+    len: usize,
+}
+
+impl Nodes {
+    fn push(&mut self, node: Node) {
+        let last = match self.pieces.last_mut() {
+            Some(last) if last.len() < PIECE => last,
+            // Most trees have less than a piece.
+            last => {
+                let capacity = if last.is_some() { PIECE } else { 0 };
+                self.pieces.push_mut(Vec::with_capacity(capacity))
+            }
+        };
+        last.push(node);
+        self.len += 1;
+    }
+
+    fn get(&self, at: usize) -> Option<&Node> {
+        self.pieces.get(at / PIECE)?.get(at % PIECE)
+    }
+
+    /// Takes no more memory than it needs from now on.
+    fn finish(mut self) -> Self {
+        self.pieces.shrink_to_fit();
+        self.pieces.last_mut().into_iter().for_each(Vec::shrink_to_fit);
+        self
+    }
+}
+
 /// The layout of one NAR.
 #[derive(Debug)]
 pub struct NarLayout {
-    nodes: Box<[Node]>,
+    nodes: Nodes,
     /// Names and link targets, in the order of the nodes.
     text: Box<[u8]>,
     len: u64,
@@ -77,20 +113,20 @@ impl NarLayout {
     /// How many files, links and directories it has; the ends of directories count too.
     #[must_use]
     pub fn entries(&self) -> u64 {
-        self.nodes.len() as u64
+        self.nodes.len as u64
     }
 
     /// About how many bytes it holds in memory.
     #[must_use]
     pub fn weight(&self) -> usize {
-        size_of::<Self>() + self.nodes.len() * size_of::<Node>() + self.text.len()
+        size_of::<Self>() + self.nodes.len * size_of::<Node>() + self.text.len()
     }
 }
 
 /// Takes the entries of a tree in the order of a NAR: depth first, each directory's entries sorted by their bytes.
 #[derive(Debug, Default)]
 pub struct LayoutBuilder {
-    nodes: Vec<Node>,
+    nodes: Nodes,
     text: Vec<u8>,
     len: u64,
     /// For each open directory where the name of its latest entry lies in `text`.
@@ -132,20 +168,19 @@ impl LayoutBuilder {
 
     /// The finished layout.
     pub fn finish(self) -> Result<NarLayout, LayoutError> {
-        if self.nodes.is_empty() || !self.open.is_empty() {
+        if self.nodes.len == 0 || !self.open.is_empty() {
             return Err(LayoutError::Shape);
         }
-        let (nodes, text) = (self.nodes.into_boxed_slice(), self.text.into_boxed_slice());
-        Ok(NarLayout { nodes, text, len: self.len })
+        Ok(NarLayout { nodes: self.nodes.finish(), text: self.text.into_boxed_slice(), len: self.len })
     }
 
     fn push(&mut self, name: &[u8], entry: Entry) -> Result<(), LayoutError> {
         let shown = || String::from_utf8_lossy(name).into_owned();
         let name_len = u8::try_from(name.len()).map_err(|_| LayoutError::Name(shown()))?;
-        if self.nodes.len() >= MAX_ENTRIES {
+        if self.nodes.len >= MAX_ENTRIES {
             return Err(LayoutError::TooLarge);
         }
-        if self.nodes.is_empty() {
+        if self.nodes.len == 0 {
             if !name.is_empty() {
                 return Err(LayoutError::Shape);
             }

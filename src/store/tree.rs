@@ -4,24 +4,29 @@
 //! error, as it is for Nix.
 
 use std::ffi::OsStr;
+use std::ops::Range;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-use crossbeam_channel::unbounded;
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, RawDir};
 
 use super::in_order::in_order;
 use super::nar_head::NarHead;
 use super::open_directory::file_meta;
 use super::tree_error::TreeError;
-use super::tree_part::{Entry, ReadPart, TreePart};
+use super::tree_part::{ReadPart, TreePart};
 use crate::nix::layout::{LayoutBuilder, NarLayout};
 
 /// So many files make a part of a tree; fewer are done sooner than another thread is woken.
 const PART: usize = 64;
 /// So many buffers come back; short parts take more, which would all become as long as the longest.
 const BUFFERS: usize = 12;
+/// Bytes that a part of small files rarely exceeds: growing is copying, and costs fresh memory each time.
+const BUFFER: usize = 256 * 1024;
+/// Bytes for the names of a directory: so many come with one call.
+const NAMES: usize = 32 * 1024;
 /// As how many files a directory counts, which has to be opened.
 const DIRECTORY: usize = 4;
 
@@ -58,11 +63,15 @@ pub(super) fn lay_out(
         _ => return Err(TreeError::Kind(root.to_owned())),
     }
     let (until, is_read) = (head.as_ref().map(|head| head.until()), AtomicBool::new(head.is_some()));
-    // Buffers that come back.
-    let (give_back, buffers) = unbounded();
+    // Buffers that come back. The latest is taken first: it is the likeliest to be in a processor's cache, and few are made.
+    let buffers = Mutex::new(Vec::new());
+    let spare = || buffers.lock().unwrap_or_else(PoisonError::into_inner);
     let read = |part: TreePart| {
         let until = until.filter(|_| is_read.load(Ordering::Relaxed));
-        part.read(root, until.map(|until| (buffers.try_recv().unwrap_or_default(), until)))
+        part.read(
+            root,
+            until.map(|until| (spare().pop().unwrap_or_else(|| Vec::with_capacity(BUFFER)), until)),
+        )
     };
     let take = |part: Result<ReadPart, TreeError>| {
         let part = part?;
@@ -77,9 +86,10 @@ pub(super) fn lay_out(
             is_read.store(false, Ordering::Relaxed);
         }
         while let Some(mut nar) = head.as_mut().and_then(|head| head.spare_buffer()) {
-            if give_back.len() < BUFFERS {
-                nar.clear();
-                let _ = give_back.send(nar);
+            nar.clear();
+            let mut spare = spare();
+            if spare.len() < BUFFERS {
+                spare.push(nar);
             }
         }
         Ok(())
@@ -93,33 +103,23 @@ pub(super) fn lay_out(
 /// The parts of a tree, in their order. A directory is read when its entries are due.
 struct Parts {
     place: PathBuf,
-    depth: usize,
-    /// The last one has its turn next. `None`: all entries of the innermost directory are done.
-    pending: Vec<Option<(Vec<u8>, FileType)>>,
+    /// The directories that are not done, the innermost last, behind one that has the root alone.
+    open: Vec<Names>,
+    /// For what the kernel says of a directory.
+    buffer: Vec<u8>,
 }
 
 impl Parts {
     fn new(root: &Path) -> Self {
-        let pending = vec![Some((Vec::new(), FileType::Directory))];
-        Self { place: root.to_owned(), depth: 0, pending }
+        let mut first = Names::default();
+        first.push(b"", FileType::Directory);
+        Self { place: root.to_owned(), open: vec![first], buffer: Vec::with_capacity(NAMES) }
     }
 
-    fn enter(&mut self, name: &[u8]) -> Result<(), TreeError> {
-        if self.depth > 0 {
-            self.place.push(OsStr::from_bytes(name));
-        }
-        self.depth += 1;
-        self.pending.push(None);
-        let entries = entries(&self.place)?;
-        self.pending.extend(entries.into_iter().rev().map(Some));
+    /// Opens what lies at the place now.
+    fn enter(&mut self) -> Result<(), TreeError> {
+        self.open.push(Names::read(&self.place, &mut self.buffer)?);
         Ok(())
-    }
-
-    fn leave(&mut self) {
-        self.depth -= 1;
-        if self.depth > 0 {
-            self.place.pop();
-        }
     }
 }
 
@@ -127,60 +127,93 @@ impl Iterator for Parts {
     type Item = Result<TreePart, TreeError>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        let mut part = TreePart { place: self.place.clone(), depth: self.depth, entries: Vec::new() };
+        let mut part = TreePart::new(self.place.clone(), self.open.len().saturating_sub(1));
         let mut weight = 0;
-        while weight < PART {
-            let Some(next) = self.pending.pop() else { break };
-            part.entries.push(match next {
+        while weight < PART
+            && let Some(names) = self.open.last_mut()
+        {
+            match names.next() {
                 Some((name, FileType::Directory)) => {
                     weight += DIRECTORY;
-                    if let Err(error) = self.enter(&name) {
+                    part.enter(name);
+                    if !name.is_empty() {
+                        self.place.push(OsStr::from_bytes(name));
+                    }
+                    if let Err(error) = self.enter() {
                         return Some(Err(error));
                     }
-                    Entry::Enter(name)
                 }
                 Some((name, kind)) => {
                     weight += 1;
-                    Entry::Leaf(name, kind)
+                    part.leaf(name, kind);
                 }
                 None => {
-                    self.leave();
-                    Entry::Leave
+                    self.open.pop();
+                    match self.open.len() {
+                        0 => {}
+                        1 => part.leave(),
+                        _ => {
+                            part.leave();
+                            self.place.pop();
+                        }
+                    }
                 }
-            });
+            }
         }
-        (!part.entries.is_empty()).then_some(Ok(part))
+        (!part.is_empty()).then_some(Ok(part))
     }
 }
 
-/// The entries of a directory and their kinds, sorted by the bytes of their names.
-fn entries(directory: &Path) -> Result<Vec<(Vec<u8>, FileType)>, TreeError> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = rustix::fs::open(directory, flags, Mode::empty()).map_err(TreeError::io(directory))?;
-    let mut entries: Vec<(Vec<u8>, FileType)> = Vec::new();
-    let mut dir = Dir::read_from(&fd).map_err(TreeError::io(directory))?;
-    while let Some(entry) = dir.read() {
-        let entry = entry.map_err(TreeError::io(directory))?;
-        let name = entry.file_name().to_bytes();
-        if matches!(name, b"." | b"..") {
-            continue;
-        }
-        let kind = match entry.file_type() {
-            // Some file systems don't say.
-            FileType::Unknown => {
-                let stat = rustix::fs::statat(&fd, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW);
-                let path = directory.join(OsStr::from_bytes(name));
-                FileType::from_raw_mode(stat.map_err(TreeError::io(&path))?.st_mode)
+/// The entries of a directory that are still to come: their names, and their kinds.
+#[derive(Default)]
+struct Names {
+    /// The last one comes next.
+    entries: Vec<(Range<usize>, FileType)>,
+    text: Vec<u8>,
+}
+
+impl Names {
+    /// All of a directory, in the order of their bytes.
+    fn read(directory: &Path, buffer: &mut Vec<u8>) -> Result<Self, TreeError> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let fd = rustix::fs::open(directory, flags, Mode::empty()).map_err(TreeError::io(directory))?;
+        let mut names = Self::default();
+        let mut dir = RawDir::new(&fd, buffer.spare_capacity_mut());
+        while let Some(entry) = dir.next() {
+            let entry = entry.map_err(TreeError::io(directory))?;
+            let name = entry.file_name().to_bytes();
+            if matches!(name, b"." | b"..") {
+                continue;
             }
-            kind => kind,
-        };
-        if !matches!(kind, FileType::Directory | FileType::RegularFile | FileType::Symlink) {
-            return Err(TreeError::Kind(directory.join(OsStr::from_bytes(name))));
+            let kind = match entry.file_type() {
+                // Some file systems don't say.
+                FileType::Unknown => {
+                    let stat = rustix::fs::statat(&fd, entry.file_name(), AtFlags::SYMLINK_NOFOLLOW);
+                    let path = directory.join(OsStr::from_bytes(name));
+                    FileType::from_raw_mode(stat.map_err(TreeError::io(&path))?.st_mode)
+                }
+                kind => kind,
+            };
+            if !matches!(kind, FileType::Directory | FileType::RegularFile | FileType::Symlink) {
+                return Err(TreeError::Kind(directory.join(OsStr::from_bytes(name))));
+            }
+            names.push(name, kind);
         }
-        entries.push((name.to_vec(), kind));
+        let Self { entries, text } = &mut names;
+        entries.sort_unstable_by(|(one, _), (other, _)| text[other.clone()].cmp(&text[one.clone()]));
+        Ok(names)
     }
-    entries.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
-    Ok(entries)
+
+    fn push(&mut self, name: &[u8], kind: FileType) {
+        let at = self.text.len();
+        self.text.extend_from_slice(name);
+        self.entries.push((at..self.text.len(), kind));
+    }
+
+    fn next(&mut self) -> Option<(&[u8], FileType)> {
+        let (name, kind) = self.entries.pop()?;
+        Some((&self.text[name], kind))
+    }
 }
 
 #[cfg(test)]

@@ -20,29 +20,33 @@ use crate::nix::nar_text::NarText;
 /// short ones, to be written.
 const MOST_BYTES: usize = 1024 * 1024;
 
-/// An entry whose name and kind its directory tells.
+/// An entry, and how long its name is. Its directory tells both.
 #[derive(Debug)]
-pub(super) enum Entry {
+enum Entry {
     /// The root has the empty name.
-    Enter(Vec<u8>),
+    Enter(usize),
     Leave,
     /// A file or a symbolic link.
-    Leaf(Vec<u8>, FileType),
+    Leaf(usize, FileType),
 }
 
 /// Entries that follow each other.
 #[derive(Debug)]
 pub(super) struct TreePart {
     /// The directory that the first of them is in, or the root where that is the first, and how deep it lies.
-    pub(super) place: PathBuf,
-    pub(super) depth: usize,
-    pub(super) entries: Vec<Entry>,
+    place: PathBuf,
+    depth: usize,
+    entries: Vec<Entry>,
+    /// Their names, one behind the other: to keep each by itself is what many small files cost first.
+    names: Vec<u8>,
 }
 
 /// What a part came to.
 #[derive(Debug)]
 pub(super) struct ReadPart {
-    entries: Vec<(Vec<u8>, Known)>,
+    /// With the lengths of their names.
+    entries: Vec<(usize, Known)>,
+    names: Vec<u8>,
     /// The bytes of all of it, if it was read.
     pub(super) nar: Option<Vec<u8>>,
 }
@@ -57,53 +61,81 @@ enum Known {
 }
 
 impl TreePart {
+    /// A part that begins in the directory at `place`, so deep in the tree, and has no entries yet.
+    pub(super) fn new(place: PathBuf, depth: usize) -> Self {
+        Self { place, depth, entries: Vec::new(), names: Vec::new() }
+    }
+
+    pub(super) fn enter(&mut self, name: &[u8]) {
+        self.names.extend_from_slice(name);
+        self.entries.push(Entry::Enter(name.len()));
+    }
+
+    pub(super) fn leave(&mut self) {
+        self.entries.push(Entry::Leave);
+    }
+
+    /// A file or a symbolic link.
+    pub(super) fn leaf(&mut self, name: &[u8], kind: FileType) {
+        self.names.extend_from_slice(name);
+        self.entries.push(Entry::Leaf(name.len(), kind));
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
     /// Looks at each entry. With a buffer, which has to be empty, each file is read as well, unless something is in the way of that, or
     /// it takes until then.
     pub(super) fn read(self, root: &Path, buffer: Option<(Vec<u8>, Instant)>) -> Result<ReadPart, TreeError> {
         let mut directory = OpenDirectory::new(self.place);
         let mut text = NarText::at_depth(self.depth);
+        let mut names = &self.names[..];
         let mut entries = Vec::with_capacity(self.entries.len());
         let (mut nar, until) = buffer.unzip();
         let is_late = || until.is_some_and(|until| Instant::now() > until);
         for entry in self.entries {
             entries.push(match entry {
-                Entry::Enter(name) => {
-                    directory.enter(&name);
+                Entry::Enter(len) => {
+                    let name = take(&mut names, len);
+                    directory.enter(name);
                     if let Some(nar) = &mut nar {
-                        text.directory(&name, nar);
+                        text.directory(name, nar);
                     }
-                    (name, Known::Directory)
+                    (len, Known::Directory)
                 }
                 Entry::Leave => {
                     directory.leave(root);
                     if let Some(nar) = &mut nar {
                         text.end(nar);
                     }
-                    (Vec::new(), Known::End)
+                    (0, Known::End)
                 }
-                Entry::Leaf(name, FileType::Symlink) => {
-                    let target = directory.link(&name).map_err(|source| io(&directory, &name, source))?;
+                Entry::Leaf(len, FileType::Symlink) => {
+                    let name = take(&mut names, len);
+                    let target = directory.link(name).map_err(|source| io(&directory, name, source))?;
                     if let Some(nar) = &mut nar {
-                        text.symlink(&name, &target, nar);
+                        text.symlink(name, &target, nar);
                     }
-                    (name, Known::Symlink(target))
+                    (len, Known::Symlink(target))
                 }
-                Entry::Leaf(name, _) => {
+                Entry::Leaf(len, _) => {
+                    let name = take(&mut names, len);
                     let buffer = nar.as_mut().filter(|_| !is_late());
-                    let read = buffer.and_then(|nar| read_file(&mut directory, &name, text, nar));
+                    let read = buffer.and_then(|nar| read_file(&mut directory, name, text, nar));
                     let meta = match read {
                         Some(meta) => meta,
                         None => {
                             // Whatever it was: a look says so, or who reads it later.
                             nar = None;
-                            look_at(&mut directory, &name)?
+                            look_at(&mut directory, name)?
                         }
                     };
-                    (name, Known::File(meta))
+                    (len, Known::File(meta))
                 }
             });
         }
-        Ok(ReadPart { entries, nar })
+        Ok(ReadPart { entries, names: self.names, nar })
     }
 }
 
@@ -115,13 +147,24 @@ impl ReadPart {
 
     /// Lays it out behind what was laid out before.
     pub(super) fn lay_out(&self, builder: &mut LayoutBuilder) -> Result<(), LayoutError> {
-        self.entries.iter().try_for_each(|(name, known)| match known {
-            Known::Directory => builder.directory(name),
-            Known::End => builder.end(),
-            Known::File(meta) => builder.file(name, *meta),
-            Known::Symlink(target) => builder.symlink(name, target),
+        let mut names = &self.names[..];
+        self.entries.iter().try_for_each(|(len, known)| {
+            let name = take(&mut names, *len);
+            match known {
+                Known::Directory => builder.directory(name),
+                Known::End => builder.end(),
+                Known::File(meta) => builder.file(name, *meta),
+                Known::Symlink(target) => builder.symlink(name, target),
+            }
         })
     }
+}
+
+/// The name that comes next.
+fn take<'a>(names: &mut &'a [u8], len: usize) -> &'a [u8] {
+    let (name, rest) = names.split_at(len);
+    *names = rest;
+    name
 }
 
 fn look_at(directory: &mut OpenDirectory, name: &[u8]) -> Result<FileMeta, TreeError> {
