@@ -10,21 +10,35 @@ use std::path::Path;
 
 use rustix::fs::{Advice, fadvise, syncfs};
 
+/// What a process, or "self", has read from the disk until now, in bytes.
+pub(crate) fn read_from_disk(process: &str) -> u64 {
+    let counts = std::fs::read_to_string(format!("/proc/{process}/io")).expect("what it has read");
+    let line = counts.lines().find_map(|line| line.strip_prefix("read_bytes: "));
+    line.and_then(|bytes| bytes.parse().ok()).expect("bytes")
+}
+
 /// Has everything on this file system written: nothing else can leave the memory.
 pub(crate) fn write_back(path: &Path) {
     let folder = File::open(path).expect("a folder");
     syncfs(folder).expect("a disk that takes it");
 }
 
-/// Reads a file, or all that are in a folder, from the disk, as far as the kernel had let go of them.
+/// Reads a file, or all that are in a folder, from the disk, as far as the kernel had let go of them, and then once more: the first
+/// to use again what was read once has the kernel note that, page by page, which is no part of serving from a warm cache.
 pub(crate) fn read_anew(path: &Path) {
+    each_file(path, &|file| fadvise(file, 0, None, Advice::DontNeed).expect("advice"));
+    each_file(path, &|_| ());
+}
+
+/// Reads each file behind what is done with it.
+fn each_file(path: &Path, first: &dyn Fn(&File)) {
     let meta = path.symlink_metadata().expect("a path");
     if meta.is_dir() {
         let entries = path.read_dir().expect("a folder");
-        entries.for_each(|entry| read_anew(&entry.expect("a name").path()));
+        entries.for_each(|entry| each_file(&entry.expect("a name").path(), first));
     } else if meta.is_file() {
         let mut file = File::open(path).expect("a file");
-        fadvise(&file, 0, None, Advice::DontNeed).expect("advice");
+        first(&file);
         let mut pieces = io::BufWriter::with_capacity(1024 * 1024, io::sink());
         io::copy(&mut file, &mut pieces).expect("its bytes");
     }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::connection::Client;
+use crate::memory::read_from_disk;
 use crate::store::Store;
 use crate::unit::environment;
 
@@ -68,6 +69,11 @@ impl Server {
             fields.skip(11).take(2).map(|ticks| ticks.parse::<f64>().expect("ticks")).sum::<f64>()
         };
         self.processes().into_iter().map(ticks).sum::<f64>() / TICKS
+    }
+
+    /// What it has read from the disk until now, in bytes.
+    pub(crate) fn read_from_disk(&self) -> u64 {
+        self.processes().into_iter().map(|pid| read_from_disk(&pid.to_string())).sum()
     }
 
     /// Resident memory now (`VmRSS`) or at most until now (`VmHWM`), in MB.
