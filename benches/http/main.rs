@@ -2,8 +2,8 @@
 //!
 //! Both on loopback and from a warm cache, in turn, in every round; a ratio is the median of the rounds' own. Narinfos by wrk,
 //! NARs by a client that throws them away, `nix copy` into a fresh store. What NARs are made of is read anew, twice, before they
-//! are measured, in the same way for both; where some of the first NAR of many small files came from the disk all the same, it
-//! is measured once more. What such files cost the kernel alone is measured beside. nginx has a worker for each core and
+//! are measured, in the same way for both; where some of the first NAR of many small files came from the disk all the same, that
+//! does not count. What such files cost the kernel alone is measured beside. nginx has a worker for each core and
 //! sendfile, and is paced where the system paces what is sent; what the system has chosen is printed. Needs nix-bin, nginx-light
 //! and wrk, and 6 GB in the temporary folder, which had better be no tmpfs: that can't say what is in memory, and no store lies
 //! on one.
@@ -123,6 +123,14 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Servers that were asked once for the NAR of many small files.
+struct First {
+    servers: [Server; 2],
+    nars: [HashMap<String, Nar>; 2],
+    /// How fast they sent it, in MB/s. `None`: some of it came from the disk, however often it was tried.
+    rates: Option<[f64; 2]>,
+}
+
 struct Round<'a> {
     arguments: &'a Arguments,
     store: &'a Store,
@@ -194,14 +202,17 @@ impl Round<'_> {
         self.table.add(server.kind, label, wanted, value);
     }
 
-    /// Has what a server sends for a path in memory, and the server used to it.
-    fn warm(&self, server: &Server, nars: &HashMap<String, Nar>, hashes: &[String]) {
-        for hash in hashes {
-            match server.kind {
-                Kind::Peernix => read_anew(self.store.path_of(hash)),
-                Kind::Nginx => read_anew(&self.store.file_of(&nars[hash])),
-            }
+    /// Has what a server sends for a path in memory.
+    fn bring_in(&self, server: &Server, nars: &HashMap<String, Nar>, hash: &str) {
+        match server.kind {
+            Kind::Peernix => read_anew(self.store.path_of(hash)),
+            Kind::Nginx => read_anew(&self.store.file_of(&nars[hash])),
         }
+    }
+
+    /// Has what a server sends for some paths in memory, and the server used to it.
+    fn warm(&self, server: &Server, nars: &HashMap<String, Nar>, hashes: &[String]) {
+        hashes.iter().for_each(|hash| self.bring_in(server, nars, hash));
         read(server.address, 1, hashes.iter().map(|hash| &nars[hash]).collect());
     }
 
@@ -240,20 +251,24 @@ impl Round<'_> {
             ("NAR of 20,000 files, 8 streams, MB/s", "asked again, 8 streams, MB/s")
         };
         let hash = &self.store.files;
-        let (servers, nars, rates) = self.first_of_files(streams, turns);
-        for (server, rate) in servers.iter().zip(rates) {
+        let First { servers, nars, rates } = self.first_of_files(streams, turns);
+        for (server, rate) in servers.iter().zip(rates.into_iter().flatten()) {
             self.table.add(server.kind, first, Wanted::AtLeast(0.35), rate);
         }
-        if streams == 1 {
-            let nginx = servers.iter().position(|server| server.kind == Kind::Nginx).expect("nginx");
-            self.bare(nars[nginx][hash].size, rates[nginx]);
-        }
+        let mut fastest = 0.0_f64;
         for pass in 0..passes("files") {
             for at in [turns[pass % 2], turns[(pass + 1) % 2]] {
                 let times = 2 * streams.max(4);
                 let rate = read(servers[at].address, streams, vec![&nars[at][hash]; times]).rate();
                 self.table.add(servers[at].kind, again, Wanted::AtLeast(0.9), rate);
+                if servers[at].kind == Kind::Peernix {
+                    fastest = fastest.max(rate);
+                }
             }
+        }
+        if let (1, Some(rates)) = (streams, rates) {
+            let nginx = servers.iter().position(|server| server.kind == Kind::Nginx).expect("nginx");
+            self.bare(nars[nginx][hash].size, rates[nginx], fastest);
         }
         servers.each_ref().map(|server| server.memory("VmHWM"))
     }
@@ -261,22 +276,15 @@ impl Round<'_> {
     /// Servers that have just started, their narinfos, and how fast each sent the first NAR. If one of them had to read from the disk then,
     /// though all was read just before, others are tried: some machines take memory back all the time, here and there, and 20,000
     /// files lie everywhere.
-    fn first_of_files(
-        &mut self,
-        streams: usize,
-        turns: [usize; 2],
-    ) -> ([Server; 2], [HashMap<String, Nar>; 2], [f64; 2]) {
+    fn first_of_files(&mut self, streams: usize, turns: [usize; 2]) -> First {
         let hash = &self.store.files;
         let mut attempt = 1;
         loop {
             let servers = self.order.map(|kind| self.start(kind));
             let nars = servers.each_ref().map(|server| nars(server.address, std::slice::from_ref(hash)));
-            // No server may be asked before it is measured.
+            // No server may be asked for the NAR before it is measured.
             for (server, nars) in servers.iter().zip(&nars) {
-                match server.kind {
-                    Kind::Peernix => read_anew(self.store.path_of(hash)),
-                    Kind::Nginx => read_anew(&self.store.file_of(&nars[hash])),
-                }
+                self.bring_in(server, nars, hash);
             }
             let on_disk = || servers.iter().map(Server::read_from_disk).sum::<u64>();
             let (before, mut rates) = (on_disk(), [0.0; 2]);
@@ -290,27 +298,32 @@ impl Round<'_> {
                 );
             }
             if bytes == 0 || attempt == WARM_TRIES {
-                return (servers, nars, rates);
+                return First { servers, nars, rates: (bytes == 0).then_some(rates) };
             }
             attempt += 1;
         }
     }
 
-    /// What the files alone cost, in bytes of their NAR, as nginx's rate is that sent it: who opens them for each NAR can't have a better
-    /// ratio, nor who sends nothing of it before all were opened.
-    fn bare(&mut self, nar_size: usize, sent: f64) {
-        let read = || {
+    /// What the files alone cost, in bytes of their NAR, beside nginx's rate that sent it; and with the sending behind it, as fast as the
+    /// daemon ever sent the NAR: who opens them one by one for each NAR, and knows its length before, can hardly have a better ratio.
+    fn bare(&mut self, nar_size: usize, nginx: f64, sent: f64) {
+        let once = || {
             let (before, took) = (read_from_disk("self"), read_files(self.store.path_of(&self.store.files)));
             (read_from_disk("self") == before, nar_size as f64 / 1e6 / took.as_secs_f64())
         };
-        let mut tries = std::iter::repeat_with(read).take(WARM_TRIES);
-        let (_, read) = tries.find(|(is_warm, _)| *is_warm).unwrap_or_else(read);
+        let mut tries = std::iter::repeat_with(once).take(WARM_TRIES);
+        let Some((_, read)) = tries.find(|(is_warm, _)| *is_warm) else {
+            println!(
+                "the files were read from the disk in part, {WARM_TRIES} times: what they cost alone is not measured"
+            );
+            return;
+        };
         for (label, rate) in [
             ("its files only opened and read, MB/s", read),
-            ("the same, and sent by nginx then, MB/s", 1.0 / (1.0 / read + 1.0 / sent)),
+            ("the same, and sent then as when asked again, MB/s", 1.0 / (1.0 / read + 1.0 / sent)),
         ] {
             self.table.add(Kind::Peernix, label, Wanted::Anything, rate);
-            self.table.add(Kind::Nginx, label, Wanted::Anything, sent);
+            self.table.add(Kind::Nginx, label, Wanted::Anything, nginx);
         }
     }
 

@@ -44,7 +44,7 @@ in builtins.foldl' link data (builtins.genList (n: n + 1) 24)
 /// How long the daemons may take to find each other.
 const FIND_TIME: Duration = Duration::from_secs(10);
 
-/// How long processes that were killed may take to be gone, and to leave the folder alone.
+/// How long everything that still runs may take to be gone, and to leave the folder alone.
 const LEAVE_TIME: Duration = Duration::from_secs(5);
 
 /// The most lines of a reason that are shown after its first.
@@ -75,11 +75,16 @@ pub(super) fn try_out() -> anyhow::Result<()> {
             outcome = trial.run() => outcome,
         }
     });
+    let until = Instant::now() + LEAVE_TIME;
     runtime.shutdown_timeout(LEAVE_TIME);
-    wait_for_the_rest();
-    let removed = remove(folder.path());
-    let report = outcome?;
-    removed.context("the temporary folder can't be removed")?;
+    wait_for_the_rest(until);
+    let removed = remove(folder.path(), until);
+    let removed = removed.with_context(|| format!("{} can't be removed", folder.path().display()));
+    let report = match (outcome, removed) {
+        (Ok(report), removed) => removed.map(|()| report)?,
+        (Err(error), Ok(())) => return Err(error),
+        (Err(error), Err(left)) => bail!("{error:#}; and {left:#}"),
+    };
     write!(std::io::stdout(), "{report}").context("the report can't be printed")
 }
 
@@ -257,10 +262,10 @@ fn text_lines(output: Output) -> anyhow::Result<Vec<String>> {
     Ok(text.lines().map(str::to_owned).collect())
 }
 
-/// Waits until what was killed is gone, with all that it had started: it could make the folder anew.
-fn wait_for_the_rest() {
-    let began = Instant::now();
-    while began.elapsed() < LEAVE_TIME {
+/// Waits until all is gone that Nix had started, which ends by itself soon after a Nix that was killed: it could make the
+/// folder anew.
+fn wait_for_the_rest(until: Instant) {
+    while Instant::now() < until {
         match rustix::process::wait(WaitOptions::NOHANG) {
             Ok(Some(_)) | Err(Errno::INTR) => {}
             Ok(None) => std::thread::sleep(Duration::from_millis(5)),
@@ -269,12 +274,11 @@ fn wait_for_the_rest() {
     }
 }
 
-/// Removes the folder. What is not gone yet may still put something there.
-fn remove(folder: &Path) -> std::io::Result<()> {
-    let began = Instant::now();
+/// Removes the folder, once at least. What is not gone yet may still put something there.
+fn remove(folder: &Path, until: Instant) -> std::io::Result<()> {
     loop {
         match make_writable(folder).and_then(|()| std::fs::remove_dir_all(folder)) {
-            Err(error) if error.kind() != ErrorKind::PermissionDenied && began.elapsed() < LEAVE_TIME => {
+            Err(error) if error.kind() != ErrorKind::PermissionDenied && Instant::now() < until => {
                 std::thread::sleep(Duration::from_millis(20));
             }
             done => return done,

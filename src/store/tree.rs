@@ -16,12 +16,12 @@ use super::in_order::in_order;
 use super::nar_head::NarHead;
 use super::open_directory::file_meta;
 use super::tree_error::TreeError;
-use super::tree_part::{ReadPart, TreePart};
-use crate::nix::layout::{LayoutBuilder, NarLayout};
+use super::tree_part::{MOST_BYTES, ReadPart, TreePart};
+use crate::nix::layout::{LayoutBuilder, LayoutError, MAX_ENTRIES, NarLayout};
 
 /// So many files make a part of a tree; fewer are done sooner than another thread is woken.
 const PART: usize = 64;
-/// So many buffers come back; short parts take more, which would all become as long as the longest.
+/// So many buffers are kept for parts to come.
 const BUFFERS: usize = 12;
 /// Bytes that a part of small files rarely exceeds: growing is copying, and costs fresh memory each time.
 const BUFFER: usize = 256 * 1024;
@@ -84,11 +84,12 @@ pub(super) fn lay_out(
         if !goes_on {
             head = None;
             is_read.store(false, Ordering::Relaxed);
+            spare().clear();
         }
         while let Some(mut nar) = head.as_mut().and_then(|head| head.spare_buffer()) {
             nar.clear();
             let mut spare = spare();
-            if spare.len() < BUFFERS {
+            if spare.len() < BUFFERS && nar.capacity() <= MOST_BYTES {
                 spare.push(nar);
             }
         }
@@ -115,12 +116,6 @@ impl Parts {
         first.push(b"", FileType::Directory);
         Self { place: root.to_owned(), open: vec![first], buffer: Vec::with_capacity(NAMES) }
     }
-
-    /// Opens what lies at the place now.
-    fn enter(&mut self) -> Result<(), TreeError> {
-        self.open.push(Names::read(&self.place, &mut self.buffer)?);
-        Ok(())
-    }
 }
 
 impl Iterator for Parts {
@@ -139,8 +134,9 @@ impl Iterator for Parts {
                     if !name.is_empty() {
                         self.place.push(OsStr::from_bytes(name));
                     }
-                    if let Err(error) = self.enter() {
-                        return Some(Err(error));
+                    match Names::read(&self.place, &mut self.buffer) {
+                        Ok(names) => self.open.push(names),
+                        Err(error) => return Some(Err(error)),
                     }
                 }
                 Some((name, kind)) => {
@@ -149,13 +145,11 @@ impl Iterator for Parts {
                 }
                 None => {
                     self.open.pop();
-                    match self.open.len() {
-                        0 => {}
-                        1 => part.leave(),
-                        _ => {
-                            part.leave();
-                            self.place.pop();
-                        }
+                    if !self.open.is_empty() {
+                        part.leave();
+                    }
+                    if self.open.len() > 1 {
+                        self.place.pop();
                     }
                 }
             }
@@ -196,6 +190,9 @@ impl Names {
             };
             if !matches!(kind, FileType::Directory | FileType::RegularFile | FileType::Symlink) {
                 return Err(TreeError::Kind(directory.join(OsStr::from_bytes(name))));
+            }
+            if names.entries.len() >= MAX_ENTRIES {
+                return Err(TreeError::Layout { path: directory.to_owned(), source: LayoutError::TooLarge });
             }
             names.push(name, kind);
         }
@@ -290,6 +287,30 @@ mod tests {
             assert!((1..=room).contains(&(len as u64)) && written == expected);
         }
         assert!(with_head(&root, 1000).1.is_none());
+    }
+
+    #[test]
+    fn names_may_be_any_bytes_and_more_than_come_with_one_call() {
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path().join("root");
+        std::fs::create_dir(&root).unwrap();
+        assert!(with_head(&root, 1000).0.len() == nar(&root).len() as u64);
+        for number in 0..600_usize {
+            let mut name = [0x80 | (number * 37 % 128) as u8; 255];
+            name[..4].copy_from_slice(format!("{number:04}").as_bytes());
+            // Beside a directory whose name is the beginning of others.
+            let name = match number {
+                0..4 => [&b"a"[..], b"a-b", b"a.b", b"a0"][number],
+                _ => &name,
+            };
+            let path = root.join(OsStr::from_bytes(name));
+            if number == 0 { std::fs::create_dir(path) } else { std::fs::write(path, name) }.unwrap();
+        }
+        std::fs::write(root.join("a/c"), "c").unwrap();
+        // The other writer of NARs knows UTF-8 alone.
+        let nix = std::process::Command::new("nix-store").arg("--dump").arg(&root).output().unwrap();
+        let (len, written) = head_and_rest(&root, nix.stdout.len() as u64);
+        assert!(nix.status.success() && len == written.len() && written == nix.stdout);
     }
 
     #[test]

@@ -16,9 +16,9 @@ use super::tree_error::TreeError;
 use crate::nix::layout::{FileMeta, LayoutBuilder, LayoutError};
 use crate::nix::nar_text::NarText;
 
-/// A part that would have more bytes than this is only looked at. A dozen of them may wait for their turn in one tree, and one, behind
-/// short ones, to be written.
-const MOST_BYTES: usize = 1024 * 1024;
+/// A part that would have more bytes than this is only looked at. A dozen of them may wait for their turn in one tree, and as many, all but
+/// one of them short, to be written; a buffer that grew may be twice as long.
+pub(super) const MOST_BYTES: usize = 1024 * 1024;
 
 /// An entry, and how long its name is. Its directory tells both.
 #[derive(Debug)]
