@@ -23,7 +23,7 @@ use crate::nix::layout::{LayoutBuilder, LayoutError, MAX_ENTRIES, NarLayout};
 const PART: usize = 64;
 /// So many buffers are kept for parts to come.
 const BUFFERS: usize = 12;
-/// Bytes that a part of small files rarely exceeds: growing is copying, and costs fresh memory each time.
+/// Bytes that a part has room for from the beginning: to grow is to be copied into fresh memory.
 const BUFFER: usize = 256 * 1024;
 /// Bytes for the names of a directory: so many come with one call.
 const NAMES: usize = 32 * 1024;
@@ -105,14 +105,14 @@ pub(super) fn lay_out(
 struct Parts {
     place: PathBuf,
     /// The directories that are not done, the innermost last, behind one that has the root alone.
-    open: Vec<Names>,
+    open: Vec<DirectoryEntries>,
     /// For what the kernel says of a directory.
     buffer: Vec<u8>,
 }
 
 impl Parts {
     fn new(root: &Path) -> Self {
-        let mut first = Names::default();
+        let mut first = DirectoryEntries::default();
         first.push(b"", FileType::Directory);
         Self { place: root.to_owned(), open: vec![first], buffer: Vec::with_capacity(NAMES) }
     }
@@ -134,7 +134,7 @@ impl Iterator for Parts {
                     if !name.is_empty() {
                         self.place.push(OsStr::from_bytes(name));
                     }
-                    match Names::read(&self.place, &mut self.buffer) {
+                    match DirectoryEntries::read(&self.place, &mut self.buffer) {
                         Ok(names) => self.open.push(names),
                         Err(error) => return Some(Err(error)),
                     }
@@ -160,13 +160,13 @@ impl Iterator for Parts {
 
 /// The entries of a directory that are still to come: their names, and their kinds.
 #[derive(Default)]
-struct Names {
+struct DirectoryEntries {
     /// The last one comes next.
     entries: Vec<(Range<usize>, FileType)>,
     text: Vec<u8>,
 }
 
-impl Names {
+impl DirectoryEntries {
     /// All of a directory, in the order of their bytes.
     fn read(directory: &Path, buffer: &mut Vec<u8>) -> Result<Self, TreeError> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
