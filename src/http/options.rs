@@ -140,8 +140,8 @@ pub struct Limits {
     pub relay_memory: ByteSize,
     /// Disk for NARs of peers that several clients read at once, in the state folder. 0 is none; default 4 GiB.
     pub spool: ByteSize,
-    /// Disk for copies of NARs of many small files, in the state folder; the least used go first, one may take a quarter, and
-    /// a quarter is kept free for the next. 0 is none, else at least 16 MiB; default 256 MiB.
+    /// Disk for copies of NARs of many small files, in the state folder; the least used go first, one may take a quarter (and a
+    /// tenth of what the disk has free), and a quarter is kept free for the next. 0 is none, else at least 16 MiB; default 1 GiB.
     pub nar_copies: ByteSize,
     /// Threads that pack NARs as zstd at once: for peers where that is faster than the link, and none of them if this is 0. At most
     /// 1024, and never more than processors. Default: half of them, since the rest has other work, or two.
@@ -159,7 +159,7 @@ impl Default for Limits {
             requests_per_second: 5000,
             relay_memory: ByteSize::mib(64),
             spool: ByteSize::gib(4),
-            nar_copies: ByteSize::mib(256),
+            nar_copies: ByteSize::gib(1),
             compressors: None,
         }
     }

@@ -13,6 +13,9 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::leases::Lease;
 
+/// A copy takes one part in so many of what the disk has free, at most: builds need room as well.
+const SHARE_OF_FREE: u64 = 10;
+
 /// Leave to write a copy: a place among those who do, and the lease that keeps its path meanwhile.
 #[derive(Debug)]
 pub(super) struct Leave {
@@ -59,9 +62,14 @@ pub(super) struct CopyFile {
 impl CopyFile {
     /// Makes one in that folder. Blocking. Why there is none is said here.
     pub(super) fn make(folder: &Path, room: Room) -> Option<Self> {
+        let bytes = room.bytes.unsigned_abs();
         let file = tempfile::tempfile_in(folder).and_then(|file| {
+            let disk = rustix::fs::fstatvfs(&file)?;
+            if bytes > disk.f_bavail.saturating_mul(disk.f_frsize) / SHARE_OF_FREE {
+                return Err(Errno::NOSPC.into());
+            }
             // Writing takes a third less where the disk has set all of it aside; not every file system can.
-            match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, room.bytes.unsigned_abs()) {
+            match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, bytes) {
                 Err(full @ (Errno::NOSPC | Errno::DQUOT)) => Err(full.into()),
                 _ => Ok(file),
             }
@@ -138,6 +146,16 @@ mod tests {
         let file = CopyFile::make(folder.path(), Room::of_a_test(3_000_000, &Gauge::default())).unwrap();
         let meta = file.file.metadata().unwrap();
         assert!(meta.len() == 0 && meta.blocks() * 512 >= 3_000_000);
+    }
+
+    #[test]
+    fn the_most_of_what_is_free_stays_free() {
+        let (folder, taken) = (tempfile::tempdir().unwrap(), Gauge::default());
+        let disk = rustix::fs::statvfs(folder.path()).unwrap();
+        let free = disk.f_bavail * disk.f_frsize;
+        assert!(CopyFile::make(folder.path(), Room::of_a_test(free / 5, &taken)).is_none());
+        assert_eq!(taken.get(), 0);
+        assert!(CopyFile::make(folder.path(), Room::of_a_test(free / 1000, &taken)).is_some());
     }
 
     impl Room {
