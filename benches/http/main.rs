@@ -35,7 +35,7 @@ use bare::read_files;
 use client::{Nar, nars, read, walk};
 use memory::{read_anew, read_from_disk};
 use servers::{Kind, Server};
-use store::Store;
+use store::{Files, Store};
 use table::{Table, Wanted};
 
 /// Each program that is run, and the Debian package that has it.
@@ -160,9 +160,9 @@ impl Round<'_> {
         let mut peaks = servers.each_ref().map(|server| server.memory("VmHWM"));
         drop(servers);
         if self.arguments.want("files") {
-            for streams in [1, 8] {
+            for (files, streams) in self.store.files.iter().flat_map(|files| [(files, 1), (files, 8)]) {
                 for pass in 0..passes("files") {
-                    let taken = self.files(streams, [pass % 2, (pass + 1) % 2]);
+                    let taken = self.files(files, streams, [pass % 2, (pass + 1) % 2]);
                     peaks = [peaks[0].max(taken[0]), peaks[1].max(taken[1])];
                 }
             }
@@ -243,23 +243,21 @@ impl Round<'_> {
     }
 
     /// From servers that have just started, and then from the same again, in these turns; and how much memory each took.
-    fn files(&mut self, streams: usize, turns: [usize; 2]) -> [f64; 2] {
-        let (first, again) = if streams == 1 {
-            ("NAR of 20,000 files, 1 stream, MB/s", "asked again, 1 stream, MB/s")
-        } else {
-            ("NAR of 20,000 files, 8 streams, MB/s", "asked again, 8 streams, MB/s")
-        };
-        let hash = &self.store.files;
-        let First { servers, nars, rates } = self.first_of_files(streams, turns);
+    fn files(&mut self, files: &Files, streams: usize, turns: [usize; 2]) -> [f64; 2] {
+        let Files { hash, each } = files;
+        let s = if streams == 1 { "" } else { "s" };
+        let first = format!("NAR of 20,000 files of {each}, {streams} stream{s}, MB/s");
+        let again = format!("asked again, {each}, {streams} stream{s}, MB/s");
+        let First { servers, nars, rates } = self.first_of_files(hash, streams, turns);
         for (server, rate) in servers.iter().zip(rates.into_iter().flatten()) {
-            self.table.add(server.kind, first, Wanted::AtLeast(0.35), rate);
+            self.table.add(server.kind, &first, Wanted::AtLeast(0.35), rate);
         }
         let mut fastest = 0.0_f64;
         for pass in 0..passes("files") {
             for at in [turns[pass % 2], turns[(pass + 1) % 2]] {
                 let times = 2 * streams.max(4);
                 let rate = read(servers[at].address, streams, vec![&nars[at][hash]; times]).rate();
-                self.table.add(servers[at].kind, again, Wanted::AtLeast(0.9), rate);
+                self.table.add(servers[at].kind, &again, Wanted::AtLeast(0.9), rate);
                 if servers[at].kind == Kind::Peernix {
                     fastest = fastest.max(rate);
                 }
@@ -267,7 +265,7 @@ impl Round<'_> {
         }
         if let (1, Some(rates)) = (streams, rates) {
             let nginx = servers.iter().position(|server| server.kind == Kind::Nginx).expect("nginx");
-            self.bare(nars[nginx][hash].size, rates[nginx], fastest);
+            self.bare(files, nars[nginx][hash].size, rates[nginx], fastest);
         }
         servers.each_ref().map(|server| server.memory("VmHWM"))
     }
@@ -275,8 +273,7 @@ impl Round<'_> {
     /// Servers that have just started, their narinfos, and how fast each sent the first NAR. If one of them had to read from the disk then,
     /// though all was read just before, others are tried: some machines take memory back all the time, here and there, and 20,000
     /// files lie everywhere.
-    fn first_of_files(&mut self, streams: usize, turns: [usize; 2]) -> First {
-        let hash = &self.store.files;
+    fn first_of_files(&mut self, hash: &String, streams: usize, turns: [usize; 2]) -> First {
         let mut attempt = 1;
         loop {
             let servers = self.order.map(|kind| self.start(kind));
@@ -305,9 +302,9 @@ impl Round<'_> {
 
     /// What the files alone cost, in bytes of their NAR, beside nginx's rate that sent it; and with the sending behind it, as fast as the
     /// daemon ever sent the NAR: who opens them one by one for each NAR, and knows its length before, can hardly have a better ratio.
-    fn bare(&mut self, nar_size: usize, nginx: f64, sent: f64) {
+    fn bare(&mut self, files: &Files, nar_size: usize, nginx: f64, sent: f64) {
         let once = || {
-            let (before, took) = (read_from_disk("self"), read_files(self.store.path_of(&self.store.files)));
+            let (before, took) = (read_from_disk("self"), read_files(self.store.path_of(&files.hash)));
             (read_from_disk("self") == before, nar_size as f64 / 1e6 / took.as_secs_f64())
         };
         let mut tries = std::iter::repeat_with(once).take(WARM_TRIES);
@@ -317,12 +314,16 @@ impl Round<'_> {
             );
             return;
         };
+        let each = files.each;
         for (label, rate) in [
-            ("its files only opened and read, MB/s", read),
-            ("the same, and sent then as when asked again, MB/s", 1.0 / (1.0 / read + 1.0 / sent)),
+            (format!("files of {each} only opened and read, MB/s"), read),
+            (
+                format!("the same, {each}, and sent then as when asked again, MB/s"),
+                1.0 / (1.0 / read + 1.0 / sent),
+            ),
         ] {
-            self.table.add(Kind::Peernix, label, Wanted::Anything, rate);
-            self.table.add(Kind::Nginx, label, Wanted::Anything, nginx);
+            self.table.add(Kind::Peernix, &label, Wanted::Anything, rate);
+            self.table.add(Kind::Nginx, &label, Wanted::Anything, nginx);
         }
     }
 

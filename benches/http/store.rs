@@ -13,16 +13,23 @@ use crate::memory::write_back;
 /// Misses that wrk walks through: more than the hits, so that neither side meets the same one often.
 const MISSES: usize = 20_000;
 
+/// A path of 20,000 files.
+pub(crate) struct Files {
+    pub(crate) hash: String,
+    /// How long each is.
+    pub(crate) each: &'static str,
+}
+
 pub(crate) struct Store {
     pub(crate) folder: PathBuf,
     pub(crate) root: PathBuf,
     pub(crate) secret_key: PathBuf,
     public_key: String,
-    /// Hash parts: of all paths, of one file of 671 MB, of 300 middling paths, of a path of 20,000 files.
+    /// Hash parts: of all paths, of one file of 671 MB, of 300 middling paths, of paths of 20,000 files.
     pub(crate) all: Vec<String>,
     pub(crate) large: String,
     pub(crate) middling: Vec<String>,
-    pub(crate) files: String,
+    pub(crate) files: [Files; 2],
     /// Where each path lies.
     paths: HashMap<String, PathBuf>,
     middling_root: String,
@@ -51,7 +58,7 @@ impl Store {
         build.args(["--no-out-link", "-j2", "--option", "substitute", "false", "--store"]).arg(&root);
         build.args(["--option", "sandbox-paths", "/bin/sh /bin/mkdir /lib /lib64 /usr/lib"]);
         let built = lines(&run(build.arg(expression("large.nix", include_str!("large.nix")))));
-        let [large, middling_root, files] = &built[..] else { panic!("three paths, not {built:?}") };
+        let [large, middling_root, files, short] = &built[..] else { panic!("four paths, not {built:?}") };
 
         let cache = format!(
             "file://{}?compression=none&secret-key={}",
@@ -80,7 +87,8 @@ impl Store {
             secret_key,
             public_key: fs::read_to_string(public_key).expect("a public key").trim().to_owned(),
             large: hash_part(large),
-            files: hash_part(files),
+            files: [(files, "4 kB"), (short, "2 kB")]
+                .map(|(path, each)| Files { hash: hash_part(path), each }),
             paths,
             middling_root: middling_root.clone(),
             middling,

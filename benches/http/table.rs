@@ -17,7 +17,7 @@ pub(crate) enum Wanted {
 }
 
 pub(crate) struct Row {
-    label: &'static str,
+    label: String,
     wanted: Wanted,
     peernix: Vec<f64>,
     nginx: Vec<f64>,
@@ -27,9 +27,9 @@ pub(crate) struct Row {
 pub(crate) struct Table(Vec<Row>);
 
 impl Table {
-    pub(crate) fn add(&mut self, kind: Kind, label: &'static str, wanted: Wanted, value: f64) {
+    pub(crate) fn add(&mut self, kind: Kind, label: &str, wanted: Wanted, value: f64) {
         let at = self.0.iter().position(|row| row.label == label).unwrap_or_else(|| {
-            self.0.push(Row { label, wanted, peernix: Vec::new(), nginx: Vec::new() });
+            self.0.push(Row { label: label.to_owned(), wanted, peernix: Vec::new(), nginx: Vec::new() });
             self.0.len() - 1
         });
         let row = &mut self.0[at];
