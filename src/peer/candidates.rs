@@ -12,8 +12,9 @@ impl Peers {
     pub fn candidates(&self, hash: &StorePathHash) -> (Vec<Peer>, bool) {
         let (registry, now) = (self.registry(), Instant::now());
         let mut denying = 0;
+        let sets = self.0.sets.of(*hash);
         let candidates = registry.candidates(now, |id| {
-            let denies = self.0.sets.denies(id, hash);
+            let denies = sets.denies(id);
             denying += u64::from(denies);
             !denies
         });
@@ -25,9 +26,9 @@ impl Peers {
     #[must_use]
     pub fn all_deny(&self, hash: &StorePathHash) -> bool {
         let (registry, now) = (self.registry(), Instant::now());
+        let sets = self.0.sets.of(*hash);
         let mut asked = registry.iter().filter(|peer| peer.may_be_asked(now));
-        let Some(denying) =
-            asked.try_fold(0, |count, peer| self.0.sets.denies(&peer.id, hash).then_some(count + 1))
+        let Some(denying) = asked.try_fold(0, |count, peer| sets.denies(&peer.id).then_some(count + 1))
         else {
             return false;
         };

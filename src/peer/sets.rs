@@ -40,6 +40,22 @@ struct Kept {
     heard: Duration,
 }
 
+/// What the sets say of one path: one look at the lock and at the clock for all peers, which are many. Between them these would
+/// keep the processor from reading several filters at a time.
+pub(super) struct SetsOf<'a> {
+    sets: RwLockReadGuard<'a, HashMap<PeerId, Kept>>,
+    hash: StorePathHash,
+    now: Duration,
+}
+
+impl SetsOf<'_> {
+    /// Whether the peer says that it does not have the path.
+    pub(super) fn denies(&self, id: &PeerId) -> bool {
+        let is_fresh = |kept: &&Kept| self.now.saturating_sub(kept.heard) < BELIEVED;
+        self.sets.get(id).filter(is_fresh).is_some_and(|kept| !kept.set.may_contain(&self.hash))
+    }
+}
+
 /// A clock that does not stand still while the host sleeps.
 fn now() -> Duration {
     clock_gettime(ClockId::Boottime).try_into().unwrap_or_default()
@@ -50,14 +66,9 @@ impl Sets {
         Self { sets: RwLock::default(), reading: Semaphore::new(READING), metrics }
     }
 
-    /// Whether the peer says that it does not have the path.
-    pub(super) fn denies(&self, id: &PeerId, hash: &StorePathHash) -> bool {
-        self.denies_at(id, hash, now())
-    }
-
-    fn denies_at(&self, id: &PeerId, hash: &StorePathHash, now: Duration) -> bool {
-        let is_fresh = |kept: &&Kept| now.saturating_sub(kept.heard) < BELIEVED;
-        self.read().get(id).filter(is_fresh).is_some_and(|kept| !kept.set.may_contain(hash))
+    /// What they all say of a path. No set changes until this is dropped.
+    pub(super) fn of(&self, hash: StorePathHash) -> SetsOf<'_> {
+        SetsOf { sets: self.read(), hash, now: now() }
     }
 
     /// Places for those that read a long answer.
@@ -140,19 +151,19 @@ mod tests {
     #[test]
     fn who_has_no_set_is_asked_and_who_told_of_a_path_too() {
         let (sets, id) = (Sets::new(PeerMetrics::default()), PeerId::instance("a"));
-        assert!(!sets.denies(&id, &hash(1)));
+        assert!(!sets.of(hash(1)).denies(&id));
         assert!(!sets.take(&id, told(1, &[hash(1)], None)));
         assert!(sets.take(&id, told(1, &[], PathFilter::new(&[hash(1)]))));
-        let denied: Vec<u8> = (2..40).filter(|number| sets.denies(&id, &hash(*number))).collect();
-        assert!(!sets.denies(&id, &hash(1)) && denied.len() > 30);
+        let denied: Vec<u8> = (2..40).filter(|number| sets.of(hash(*number)).denies(&id)).collect();
+        assert!(!sets.of(hash(1)).denies(&id) && denied.len() > 30);
         sets.hint(&id, &[hash(denied[0])]);
         assert!(sets.take(&id, told(2, &[hash(denied[1])], None)));
-        assert!(denied[..2].iter().all(|number| !sets.denies(&id, &hash(*number))));
-        assert!(sets.denies(&id, &hash(denied[2])));
+        assert!(denied[..2].iter().all(|number| !sets.of(hash(*number)).denies(&id)));
+        assert!(sets.of(hash(denied[2])).denies(&id));
         // The host slept, and the peer did not answer since.
-        assert!(!sets.denies_at(&id, &hash(denied[2]), now() + BELIEVED));
+        assert!(!SetsOf { now: now() + BELIEVED, ..sets.of(hash(denied[2])) }.denies(&id));
         sets.remove(&id);
-        assert!(!sets.denies(&id, &hash(denied[2])));
+        assert!(!sets.of(hash(denied[2])).denies(&id));
     }
 
     #[test]
@@ -173,6 +184,6 @@ mod tests {
         let kept = outcomes.iter().take_while(|taken| **taken).count();
         assert_eq!(kept, MAX_BYTES / weight);
         assert!(outcomes[kept..].iter().all(|taken| !taken));
-        assert!(!sets.denies(&PeerId::instance("99"), &hash(9)));
+        assert!(!sets.of(hash(9)).denies(&PeerId::instance("99")));
     }
 }
