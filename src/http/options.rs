@@ -140,8 +140,9 @@ pub struct Limits {
     pub relay_memory: ByteSize,
     /// Disk for NARs of peers that several clients read at once, in the state folder. 0 is none; default 4 GiB.
     pub spool: ByteSize,
-    /// Disk for copies of NARs of many small files, in the state folder; the least used go first, one may take a quarter (and a
-    /// tenth of what the disk has free), and a quarter is kept free for the next. 0 is none, else at least 16 MiB; default 1 GiB.
+    /// Disk for copies of NARs of many small files, in the state folder: at most this, and a tenth of what the disk would have free
+    /// without them. One takes a quarter of this at most, and a sixteenth of the memory; as much is kept free for the next. Those that
+    /// nobody has asked for the longest go first. 0 is none, else at least 16 MiB; default 1 GiB.
     pub nar_copies: ByteSize,
     /// Threads that pack NARs as zstd at once: for peers where that is faster than the link, and none of them if this is 0. At most
     /// 1024, and never more than processors. Default: half of them, since the rest has other work, or two.
@@ -178,7 +179,11 @@ impl Limits {
         let header_size = (ByteSize::kib(1)..=ByteSize::kib(256)).contains(&self.header_size);
         range("header_size", header_size, "1 KiB to 256 KiB")?;
         let nar_copies = self.nar_copies.as_u64() == 0 || self.nar_copies >= ByteSize::mib(16);
-        range("nar_copies", nar_copies, "0 or at least 16 MiB: one copy takes a quarter of it at most")?;
+        range(
+            "nar_copies",
+            nar_copies,
+            "0 or at least 16 MiB: one copy takes 4 MiB at least, and a quarter of it at most",
+        )?;
         range("relay_memory", self.relay_memory <= ByteSize::gib(64), "at most 64 GiB")?;
         range("compressors", self.compressors.is_none_or(|threads| threads <= 1024), "0 to 1024")?;
         let shortest = Duration::from_millis(100);

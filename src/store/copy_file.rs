@@ -8,12 +8,11 @@ use std::path::Path;
 
 use prometheus_client::metrics::gauge::Gauge;
 use rustix::fs::FallocateFlags;
-use rustix::io::Errno;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::leases::Lease;
 
-/// A copy takes one part in so many of what the disk has free, at most: builds need room as well.
+/// All copies together take one part in so many of what the disk would have free without them, at most: builds need room as well.
 const SHARE_OF_FREE: u64 = 10;
 
 /// Leave to write a copy: a place among those who do, and the lease that keeps its path meanwhile.
@@ -52,6 +51,15 @@ impl Drop for Room {
     }
 }
 
+/// Why there is no file for a copy.
+#[derive(Debug)]
+pub(super) enum NoFile {
+    /// This one would take too much of what the disk has free.
+    TooLong,
+    /// None can be made. Why was said.
+    Failed,
+}
+
 /// A file without a name, and its room: both go when the last who reads or writes it does.
 #[derive(Debug)]
 pub(super) struct CopyFile {
@@ -60,31 +68,34 @@ pub(super) struct CopyFile {
 }
 
 impl CopyFile {
-    /// Makes one in that folder. Blocking. Why there is none is said here.
-    pub(super) fn make(folder: &Path, room: Room) -> Option<Self> {
-        let bytes = room.bytes.unsigned_abs();
-        let file = tempfile::tempfile_in(folder).and_then(|file| {
-            let disk = rustix::fs::fstatvfs(&file)?;
-            if bytes > disk.f_bavail.saturating_mul(disk.f_frsize) / SHARE_OF_FREE {
-                return Err(Errno::NOSPC.into());
-            }
-            // Writing takes a third less where the disk has set all of it aside; not every file system can.
-            match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, bytes) {
-                Err(full @ (Errno::NOSPC | Errno::DQUOT)) => Err(full.into()),
-                _ => Ok(file),
-            }
-        });
-        match file {
-            Ok(file) => Some(Self { file, _room: room }),
-            Err(error) if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+    /// Makes one in that folder. Blocking.
+    pub(super) fn make(folder: &Path, room: Room) -> Result<Self, NoFile> {
+        let file = tempfile::tempfile_in(folder).map_err(|error| {
+            if matches!(error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) {
                 Self::say_why_not(&error);
-                None
-            }
-            Err(error) => {
+            } else {
                 tracing::warn!(directory = %folder.display(), %error, "no file for the copy of a NAR can be made, and none is copied for a minute: make the state folder writable, or set limits.nar_copies = \"0 B\"");
-                None
+            }
+            NoFile::Failed
+        })?;
+        let (bytes, taken) = (room.bytes.unsigned_abs(), room.taken.get().unsigned_abs());
+        // Some file systems don't say.
+        if let Ok(disk) = rustix::fs::fstatvfs(&file)
+            && disk.f_blocks > 0
+        {
+            let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+            if is_too_much(taken, free.saturating_add(taken.saturating_sub(bytes))) {
+                tracing::debug!(
+                    bytes,
+                    free,
+                    "a NAR is not copied: copies would take more than a tenth of what the disk has free"
+                );
+                return Err(NoFile::TooLong);
             }
         }
+        // Writing takes a third less where the disk has set all of it aside. Not every file system can, and a full one says so to who writes.
+        let _ = rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, bytes);
+        Ok(Self { file, _room: room })
     }
 
     /// Says why one can't be written.
@@ -104,6 +115,11 @@ impl CopyFile {
     pub(super) fn write_all_at(&self, bytes: &[u8], at: u64) -> std::io::Result<()> {
         self.file.write_all_at(bytes, at)
     }
+}
+
+/// Whether copies of so many bytes are more than their share of what is free without them.
+fn is_too_much(copies: u64, free: u64) -> bool {
+    copies > free / SHARE_OF_FREE
 }
 
 impl AsFd for CopyFile {
@@ -149,13 +165,18 @@ mod tests {
     }
 
     #[test]
-    fn the_most_of_what_is_free_stays_free() {
+    fn most_of_what_is_free_stays_free_whoever_took_the_rest() {
+        assert!(!is_too_much(10, 100) && is_too_much(11, 100) && is_too_much(1, 0));
         let (folder, taken) = (tempfile::tempdir().unwrap(), Gauge::default());
         let disk = rustix::fs::statvfs(folder.path()).unwrap();
-        let free = disk.f_bavail * disk.f_frsize;
-        assert!(CopyFile::make(folder.path(), Room::of_a_test(free / 5, &taken)).is_none());
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        let make = |bytes| CopyFile::make(folder.path(), Room::of_a_test(bytes, &taken));
+        assert!(matches!(make(free / 5 + 1), Err(NoFile::TooLong)));
         assert_eq!(taken.get(), 0);
-        assert!(CopyFile::make(folder.path(), Room::of_a_test(free / 1000, &taken)).is_some());
+        assert!(make(1000).is_ok());
+        // What the other copies take counts.
+        let _others = Room::of_a_test(free / 5 + 1, &taken);
+        assert!(matches!(make(1000), Err(NoFile::TooLong)));
     }
 
     impl Room {

@@ -17,7 +17,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, timeout};
 
 use super::buffers::BufferPool;
-use super::copy_file::{CopyFile, Leave};
+use super::copy_file::{CopyFile, Leave, NoFile};
 use super::file_span::FileSpan;
 use super::nar_chunks::NarChunks;
 use super::nar_head::Head;
@@ -46,7 +46,7 @@ struct Progress {
 }
 
 /// Makes the file of a copy, or says why there is none. May block.
-pub(super) type MakeFile = Box<dyn FnOnce() -> Option<CopyFile> + Send>;
+pub(super) type MakeFile = Box<dyn FnOnce() -> Result<CopyFile, NoFile> + Send>;
 
 /// With what the making of a copy begins.
 pub(super) enum Start {
@@ -82,6 +82,10 @@ impl NarCopy {
         (Arc::clone(&copy), Maker { copy, progress: sender, make, _leave: leave, patience: LEFT_ALONE })
     }
 
+    pub(super) fn len(&self) -> u64 {
+        self.len
+    }
+
     /// Whether it can be read from there on now.
     pub(super) fn reaches(&self, from: u64) -> bool {
         self.progress.borrow().ready >= from
@@ -108,6 +112,8 @@ pub(super) enum Made {
     Whole,
     /// Nobody read it.
     LeftAlone,
+    /// There is no room for as long a one. That says nothing of shorter ones.
+    TooLong,
     /// Its path can't be read. That says nothing of other copies.
     Unreadable,
     /// It can't be written.
@@ -130,7 +136,11 @@ impl Maker {
     pub(super) async fn run(mut self, chunks: NarChunks) -> Made {
         let Progress { mut file, mut ready } = self.progress.borrow().clone();
         if let Some(make) = self.make.take() {
-            file = spawn_blocking(make).await.ok().flatten().map(Arc::new);
+            file = match spawn_blocking(make).await {
+                Ok(Ok(file)) => Some(Arc::new(file)),
+                Ok(Err(NoFile::TooLong)) => return Made::TooLong,
+                Ok(Err(NoFile::Failed)) | Err(_) => None,
+            };
         }
         let Some(file) = file else { return Made::Failed };
         let mut chunks = chunks.copied_to(Arc::clone(&file), ready);
@@ -249,7 +259,7 @@ mod tests {
     /// The same in the file that is made so.
     fn begun_in(
         tree: &std::path::Path,
-        make: fn(&std::path::Path, Room) -> Option<CopyFile>,
+        make: fn(&std::path::Path, Room) -> Result<CopyFile, NoFile>,
     ) -> (Arc<NarCopy>, Gauge, impl Future<Output = Made> + Send + use<>) {
         std::fs::create_dir(tree).unwrap();
         for file in 0..400 {
@@ -288,7 +298,7 @@ mod tests {
     #[tokio::test]
     async fn a_copy_that_can_not_be_written_has_failed_and_who_follows_it_is_told() {
         let folder = tempfile::tempdir().unwrap();
-        let (copy, taken, made) = begun_in(&folder.path().join("tree"), |_, room| Some(CopyFile::full(room)));
+        let (copy, taken, made) = begun_in(&folder.path().join("tree"), |_, room| Ok(CopyFile::full(room)));
         let mut chunks = CopyReader::new(&copy).chunks(0..copy.len, BufferPool::default());
         let (made, read) = tokio::join!(made, chunks.next());
         assert!(matches!((made, read), (Made::Failed, Some(Err(Gone)))) && copy.has_failed());
