@@ -1,4 +1,4 @@
-# One file of 671 MB; a tree of 300 paths of 64 KiB to 20 MiB, 1.4 GB; 20,000 files of 4 kB in one path, and of 2 kB in another. What
+# One file of 671 MB; a tree of 300 paths of 64 KiB to 20 MiB, 1.4 GB; 20,000 files of 3.5 kB in one path, and of 2 kB in another. What
 # the yardstick of such NARs was measured with is not said, only what other servers made of it: between those of 3 and of 4 kB.
 let
   build = name: below: script: derivation {
@@ -23,13 +23,16 @@ let
     while [ $folder -lt 200 ]; do
       /bin/mkdir -p $out/$folder
       file=0
-      while [ $file -lt 100 ]; do echo "$folder $file $line" > $out/$folder/$file; file=$((file+1)); done
+      while [ $file -lt 100 ]; do
+        printf '%.${toString size}s' "$folder $file $line" > $out/$folder/$file
+        file=$((file+1))
+      done
       folder=$((folder+1))
     done
   '';
 in [
   (build "http-bench-large" null "blocks 10240 > $out")
   (node 0)
-  (files "files" 4000)
+  (files "files" 3500)
   (files "short" 2000)
 ]

@@ -248,7 +248,7 @@ impl Round<'_> {
         let s = if streams == 1 { "" } else { "s" };
         let first = format!("NAR of 20,000 files of {each}, {streams} stream{s}, MB/s");
         let again = format!("asked again, {each}, {streams} stream{s}, MB/s");
-        let First { servers, nars, rates } = self.first_of_files(hash, streams, turns);
+        let First { servers, nars, rates } = self.first_of_files(files, streams, turns);
         for (server, rate) in servers.iter().zip(rates.into_iter().flatten()) {
             self.table.add(server.kind, &first, Wanted::AtLeast(0.35), rate);
         }
@@ -273,7 +273,8 @@ impl Round<'_> {
     /// Servers that have just started, their narinfos, and how fast each sent the first NAR. If one of them had to read from the disk then,
     /// though all was read just before, others are tried: some machines take memory back all the time, here and there, and 20,000
     /// files lie everywhere.
-    fn first_of_files(&mut self, hash: &String, streams: usize, turns: [usize; 2]) -> First {
+    fn first_of_files(&mut self, files: &Files, streams: usize, turns: [usize; 2]) -> First {
+        let Files { hash, each } = files;
         let mut attempt = 1;
         loop {
             let servers = self.order.map(|kind| self.start(kind));
@@ -290,7 +291,7 @@ impl Round<'_> {
             let bytes = on_disk() - before;
             if bytes > 0 {
                 println!(
-                    "{bytes} bytes of the first NAR of 20,000 files came from the disk (attempt {attempt} of {WARM_TRIES})"
+                    "{bytes} bytes of the first NAR of 20,000 files of {each} came from the disk (attempt {attempt} of {WARM_TRIES})"
                 );
             }
             if bytes == 0 || attempt == WARM_TRIES {

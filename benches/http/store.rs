@@ -87,7 +87,7 @@ impl Store {
             secret_key,
             public_key: fs::read_to_string(public_key).expect("a public key").trim().to_owned(),
             large: hash_part(large),
-            files: [(files, "4 kB"), (short, "2 kB")]
+            files: [(files, "3.5 kB"), (short, "2 kB")]
                 .map(|(path, each)| Files { hash: hash_part(path), each }),
             paths,
             middling_root: middling_root.clone(),
