@@ -5,7 +5,7 @@
 //! are measured, in the same way for both; where some of the first NAR of many small files came from the disk all the same, that
 //! does not count. What such files cost the kernel alone is measured beside. nginx has a worker for each core and
 //! sendfile, and is paced where the system paces what is sent; what the system has chosen is printed. Needs nix-bin, nginx-light
-//! and wrk, and 6 GB in the temporary folder, which had better be no tmpfs: that can't say what is in memory, and no store lies
+//! and wrk, and 7 GB in the temporary folder, which had better be no tmpfs: that can't say what is in memory, and no store lies
 //! on one.
 //!
 //! `-- --rounds N` for other than five; `-- --only hits,misses,latency,large,middling,files,copy` for some of the rows.
