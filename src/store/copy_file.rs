@@ -8,6 +8,7 @@ use std::path::Path;
 
 use prometheus_client::metrics::gauge::Gauge;
 use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::leases::Lease;
@@ -93,9 +94,15 @@ impl CopyFile {
                 return Err(NoFile::TooLong);
             }
         }
-        // Writing takes a third less where the disk has set all of it aside. Not every file system can, and a full one says so to who writes.
-        let _ = rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, bytes);
-        Ok(Self { file, _room: room })
+        // Writing takes a third less where the disk has set all of it aside; not every file system can.
+        match rustix::fs::fallocate(&file, FallocateFlags::KEEP_SIZE, 0, bytes) {
+            // Most likely a quota, of which was not told above.
+            Err(full @ (Errno::NOSPC | Errno::DQUOT)) => {
+                Self::say_why_not(&full.into());
+                Err(NoFile::Failed)
+            }
+            _ => Ok(Self { file, _room: room }),
+        }
     }
 
     /// Says why one can't be written.

@@ -414,14 +414,14 @@ mod tests {
             bench.until_made().await;
         }
         // So much is kept free that a head always has room. What goes for that is closed a little later.
-        let (there, bytes) = loop {
-            match bench.copied() {
-                (there @ 4, bytes) if bytes == 4 * bench.path(1, 900, 0).info.nar_size as i64 => {
-                    break (there, bytes);
-                }
-                _ => tokio::time::sleep(Duration::from_millis(1)).await,
+        let each = bench.path(1, 900, 0).info.nar_size as i64;
+        let closed = async {
+            while bench.copied() != (4, 4 * each) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
             }
         };
+        tokio::time::timeout(Duration::from_secs(60), closed).await.unwrap();
+        let (there, bytes) = (4, 4 * each);
         let large = bench.path(6, 100, 9_000_000);
         let (layout, head) = bench.laid_out(&large);
         let head = head.and_then(NarHead::end).unwrap();
