@@ -141,8 +141,9 @@ pub struct Limits {
     /// Disk for NARs of peers that several clients read at once, in the state folder. 0 is none; default 4 GiB.
     pub spool: ByteSize,
     /// Disk for copies of NARs of many small files, in the state folder: at most this, and none is begun with which they would take
-    /// more than a tenth of what the disk would have free without them. One takes a quarter of this at most, and a sixteenth of the memory; as much is kept free for the next. Those that
-    /// nobody has asked for the longest go first. 0 is none, else at least 16 MiB; default 1 GiB.
+    /// more than a tenth of what the disk would have free without them. One takes a quarter of this at most, and a sixteenth of
+    /// the memory; as much is kept free for the next. Those that nobody has asked for the longest go first. 0 is none, else at
+    /// least 16 MiB; default 1 GiB.
     pub nar_copies: ByteSize,
     /// Threads that pack NARs as zstd at once: for peers where that is faster than the link, and none of them if this is 0. At most
     /// 1024, and never more than processors. Default: half of them, since the rest has other work, or two.

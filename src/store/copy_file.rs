@@ -55,7 +55,7 @@ impl Drop for Room {
 /// Why there is no file for a copy.
 #[derive(Debug)]
 pub(super) enum NoFile {
-    /// This one would take too much of what the disk has free.
+    /// With this one, copies would take too much of what the disk has free.
     TooLong,
     /// None can be made. Why was said.
     Failed,

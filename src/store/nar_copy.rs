@@ -112,7 +112,7 @@ pub(super) enum Made {
     Whole,
     /// Nobody read it.
     LeftAlone,
-    /// There is no room for as long a one. That says nothing of shorter ones.
+    /// With one of its length, copies would take too much of the disk. A shorter one may do.
     TooLong,
     /// Its path can't be read. That says nothing of other copies.
     Unreadable,
